@@ -1,0 +1,59 @@
+"""The batch of one step: the only thing that layers and attention backends see of the engine.
+
+Every layer is called with `(x, batch)`. Owns no memory: tensors are views of the worker's row state and step buffers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+Ints = NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class KVCache:
+    """Keys and values of one layer: [num_blocks, block_size, kv_heads, head_dim] each. Block 0 is padding."""
+
+    k: Tensor
+    v: Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """T tokens of B rows, packed in row order; S of them are projected to logits; G KV groups.
+
+    Rows with a single query token stand first (`num_decode` of them); a row's tokens are consecutive positions.
+    """
+
+    tokens: Tensor
+    """[T] int64 token ids."""
+    positions: Tensor
+    """[T] int64 position of each token in its sequence."""
+    row_of: Tensor
+    """[T] int64 index into the batch (0..B-1) of each token's row."""
+    q_start: Tensor
+    """[B+1] int32 where each row's tokens begin."""
+    seq_lens: Tensor
+    """[B] int32 tokens of each row whose KV exists after this step's writes."""
+    slots: tuple[Tensor, ...]
+    """Per group [T] int64: where each token's KV goes, block * block_size + offset."""
+    tables: tuple[Tensor, ...]
+    """Per group [B, max_blocks] int32 block ids; freed and unused entries are 0, the padding block."""
+    logits_at: Tensor
+    """[S] int64 indices into T of the hidden states to project."""
+    num_decode: int
+    max_q: int
+    max_kv: int
+    """Upper bounds, known on the host, for launch shapes."""
+    q_lens: Ints
+    kv_lens: Ints
+    """[B] on the host; kv_lens are upper bounds of seq_lens."""
+    kv: tuple[KVCache, ...]
+    """Per layer."""
+    meta: tuple[Any, ...] = ()
+    """Per group: what the attention backend's `plan` returned."""

@@ -1,0 +1,376 @@
+"""Who computes what in the next step.
+
+One rule: a sequence has `num_computed` tokens with KV and `todo` tokens without; every step closes as much of the gaps
+as the token budget and the pool allow. Chunked prefill, prefix hits, recompute after preemption, verification of drafts
+and running one step ahead all follow from it; there is no prefill phase.
+
+Order within a step: sequences one token short (decode), then running ones with longer gaps, then waiting ones first
+come first served, then drafts with what is left. When the pool runs dry, the latest arrival that the step does not hold
+yet is preempted: it gives up its blocks and waits, before all newcomers, to recompute (mostly from the prefix cache).
+
+Rules of running ahead that live here:
+- `schedule` needs counts only, never the tokens of the step in flight; a finished sequence's late tokens are dropped.
+- Prompt blocks are published when they are scheduled (all KV writes of a layer precede its attention, so even the same
+  step may share them), generated ones at commit; `fail` unpublishes.
+- A preempted sequence with a token in flight is not readmitted before the token has arrived; one whose drafts are being
+  verified is not scheduled before the result.
+
+Owns sequences, rows and their order. Does not know the clock (`now` is passed in), tensors, text or sockets.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections import OrderedDict, deque
+from collections.abc import Iterable, Iterator
+from itertools import chain
+from random import Random
+
+from octavo.cache import CacheManager, NewBlocks
+from octavo.config.engine import SchedulerConfig
+from octavo.core.plan import Admit, Plan, StepResult
+from octavo.core.request import Delta, FinishReason, Request, Stats, TokenLogprobs
+from octavo.core.sequence import Sequence, Status
+from octavo.scheduler.seams import Constraint, Proposer, SiblingsShare
+from octavo.scheduler.step import Inflight, StepBuilder
+
+_UINT64 = 2**64
+
+
+class Scheduler:
+    """Plans steps and takes in their results. `eos` ends a sequence unless it ignores it."""
+
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        cache: CacheManager,
+        *,
+        eos: Iterable[int] = (),
+        seed: int = 0,
+        constraints: Iterable[Constraint] = (),
+        proposer: Proposer | None = None,
+        max_draft: int = 0,
+    ) -> None:
+        self.config = config
+        self.cache = cache
+        self.stats = Stats(kv_blocks_total=cache.pool.num_blocks - 1)
+        self._eos = frozenset(eos)
+        self._random = Random(seed)
+        self._constraints: list[Constraint] = [SiblingsShare(cache.block_size), *constraints]
+        self._proposer = proposer
+        self._max_draft = max_draft
+        self._requests: dict[str, list[Sequence]] = {}
+        self._running: list[Sequence] = []
+        """In order of arrival."""
+        self._preempted: list[Sequence] = []
+        """In order of arrival; before all of `_waiting`."""
+        self._waiting: OrderedDict[int, Sequence] = OrderedDict()
+        self._free_rows = list(range(config.max_num_seqs - 1, -1, -1))
+        self._retire: list[int] = []
+        self._rewind: dict[int, int] = {}
+        self._inflight: deque[Inflight] = deque()
+        self._order = 0
+        self._steps = 0
+
+    # Arrivals and departures
+
+    def add(self, request: Request) -> None:
+        """Queues the sequences of a request whose id is not in use."""
+        assert request.id not in self._requests, f"request id {request.id} is in use"
+        params = request.params
+        seed = self._random.getrandbits(63) if params.seed is None else params.seed
+        identity = self.cache.identity(request.id, request.cache_salt, params.n > 1)
+        sequences: list[Sequence] = []
+        for index in range(params.n):
+            wrapped = (seed + index + _UINT64 // 2) % _UINT64 - _UINT64 // 2
+            leader = sequences[0] if sequences else None
+            seq = Sequence(request, index, self._order, wrapped, self._eos, identity, leader)
+            sequences.append(seq)
+            self._waiting[self._order] = seq
+            self._order += 1
+        self._requests[request.id] = sequences
+
+    def finish(self, request_id: str, index: int = -1) -> None:
+        """Ends a sequence (-1: all of a request) on the frontend's word; unknown or ended ones are ignored."""
+        for seq in list(self._requests.get(request_id, ())):
+            if index in (-1, seq.index) and not seq.finished:
+                self._end(seq, "abort")
+
+    def has_work(self) -> bool:
+        return bool(self._requests) or bool(self._inflight)
+
+    def sequences(self) -> Iterator[Sequence]:
+        """All sequences that have not ended."""
+        return (seq for seqs in self._requests.values() for seq in seqs if not seq.finished)
+
+    # Planning
+
+    def schedule(self, now: float = 0.0) -> Plan | None:
+        """The next step, or None when nothing can run before a step in flight is committed."""
+        step = StepBuilder(self.config.max_num_batched_tokens)
+        preempted = self._close_running(step)
+        if not preempted:
+            self._admit_waiting(step, now)
+        if self._proposer is not None:
+            self._add_drafts(step)
+        if not (step.decode or step.drafted or step.closing or step.open):
+            return None
+        self._steps += 1
+        plan = step.plan(self._steps, self._retire, list(self._rewind.items()))
+        self._retire, self._rewind = [], {}
+        for seq in step.decode:
+            seq.inflight += 1
+        for seq in step.drafted:
+            seq.inflight += 1
+        for seq, _ in step.closing:
+            seq.inflight += 1
+        self._inflight.append(step.inflight())
+        self._count_step()
+        return plan
+
+    def _close_running(self, step: StepBuilder) -> bool:
+        """Schedules the gaps of running sequences; True when one had to be preempted."""
+        before = self.stats.preemptions
+        held: set[int] = set()
+        ready = [seq for seq in self._running if self._is_ready(seq)]
+        for seq in chain((s for s in ready if s.todo == 1), (s for s in ready if s.todo > 1)):
+            if step.budget == 0:
+                break
+            if seq.status is not Status.RUNNING or seq.order in held:
+                continue
+            count = min(seq.todo, step.budget)
+            self.cache.leave_behind(seq)
+            while (new := self.cache.grow(seq, seq.num_computed + count)) is None:
+                victim = next((s for s in reversed(self._running) if s.order not in held), None)
+                if victim is None:
+                    break
+                assert len(self._running) > 1, "the pool holds one sequence of full length"
+                self._preempt(victim)
+                if victim is seq:
+                    break
+            if new is not None:
+                held.add(seq.order)
+                self._place(step, seq, count, new)
+        return self.stats.preemptions > before
+
+    def _is_ready(self, seq: Sequence) -> bool:
+        """Has a gap that a step may close now."""
+        if seq.draft or len(seq.tokens) + seq.inflight >= seq.limit:
+            return False
+        return not (seq.inflight and self._may_draft(seq))
+
+    def _may_draft(self, seq: Sequence) -> bool:
+        return self._proposer is not None and self._max_draft > 0 and not seq.params.uses_history
+
+    def _place(self, step: StepBuilder, seq: Sequence, count: int, new: NewBlocks) -> None:
+        """Puts `count` tokens of `seq` into the step."""
+        step.add_blocks(seq, new)
+        step.budget -= count
+        start = seq.num_computed
+        seq.num_computed += count
+        if seq.last_in_row:
+            assert seq.todo == 0, "a row that holds the last token is one token short"
+            step.decode.append(seq)
+            return
+        if seq.todo == 0:
+            seq.last_in_row = True
+            step.closing.append((seq, start))
+        else:
+            step.open.append((seq, start))
+        self.cache.publish(seq)
+
+    def _admit_waiting(self, step: StepBuilder, now: float) -> None:
+        reserved = sum(self.cache.pages_to_complete(seq, len(seq.blocks[0])) for seq, _ in step.open)
+        admitted: list[Sequence] = []
+        for seq in chain(self._preempted, self._waiting.values()):
+            if step.budget == 0 or not self._free_rows:
+                break
+            if seq.inflight or not all(constraint.fits(seq) for constraint in self._constraints):
+                continue
+            hit = 0 if seq.wants_prompt_logprobs else self.cache.find(seq)
+            spare = reserved + (self.cache.pool.num_blocks // 100 if self._running else 0)
+            if not self.cache.can_admit(seq, hit, spare):
+                break
+            self._admit(step, seq, hit, now)
+            admitted.append(seq)
+            if seq.todo:
+                reserved += self.cache.pages_to_complete(seq, len(seq.blocks[0]))
+        for seq in admitted:
+            if self._waiting.pop(seq.order, None) is None:
+                self._preempted.remove(seq)
+            insort(self._running, seq, key=lambda s: s.order)
+
+    def _admit(self, step: StepBuilder, seq: Sequence, hit: int, now: float) -> None:
+        seq.row = self._free_rows.pop()
+        seq.status = Status.RUNNING
+        cached = self.cache.admit(seq, hit)
+        if not seq.scheduled_at:
+            seq.scheduled_at = now
+            seq.cached_tokens = seq.num_computed
+            self.stats.prefix_queries += seq.prompt_len
+            self.stats.prefix_hits += seq.num_computed
+            self.stats.prompt_tokens += seq.prompt_len if seq.index == 0 else 0
+        wants_prompt = seq.wants_prompt_logprobs
+        params = seq.params if wants_prompt else seq.params.replace(prompt_logprobs=None)
+        step.admit.append(
+            Admit(
+                row=seq.row,
+                params=params,
+                seed=seq.seed,
+                prompt_len=seq.prompt_len,
+                num_tokens=len(seq.tokens),
+                num_computed=seq.num_computed,
+                history=list(seq.tokens) if seq.params.uses_history or wants_prompt else None,
+                bad_word_ids=seq.request.bad_word_ids,
+            )
+        )
+        count = min(seq.todo, step.budget)
+        grown = self.cache.grow(seq, seq.num_computed + count)
+        assert grown is not None, "can_admit promised the pages"
+        self._place(step, seq, count, cached + grown)
+
+    def _add_drafts(self, step: StepBuilder) -> None:
+        """Moves decode rows whose next tokens the proposer guesses to the drafted ones, as budget and pool allow."""
+        assert self._proposer is not None
+        decode = []
+        for seq in step.decode:
+            room = min(self._max_draft, step.budget, seq.limit - len(seq.tokens) - 1)
+            draft = self._proposer.propose(seq, room) if room > 0 and self._may_draft(seq) else []
+            new = self.cache.grow(seq, seq.num_computed + len(draft)) if draft else None
+            if new is None:
+                decode.append(seq)
+                continue
+            step.add_blocks(seq, new)
+            step.budget -= len(draft)
+            seq.draft = draft
+            seq.num_computed += len(draft)
+            step.drafted.append(seq)
+        step.decode = decode
+
+    def _preempt(self, seq: Sequence) -> None:
+        self.stats.preemptions += 1
+        self._leave(seq)
+        seq.status = Status.WAITING
+        insort(self._preempted, seq, key=lambda s: s.order)
+
+    def _leave(self, seq: Sequence) -> None:
+        """Takes row and blocks from a running sequence."""
+        assert seq.row is not None
+        self.cache.release(seq)
+        self._running.remove(seq)
+        self._free_rows.append(seq.row)
+        self._retire.append(seq.row)
+        self._rewind.pop(seq.row, None)
+        seq.row = None
+        seq.last_in_row = False
+        seq.draft = []
+
+    # Results
+
+    def commit(self, result: StepResult) -> list[Delta]:
+        """Takes in the oldest step in flight: tokens are appended, ended sequences leave, blocks are published."""
+        step = self._inflight.popleft()
+        deltas: list[Delta] = []
+        for i, (position, entries) in result.prompt_logprobs.items():
+            known = step.members[i].prompt_logprobs
+            if known is not None:
+                known[position:] = entries
+        for i, seq in enumerate(step.sampled):
+            seq.inflight -= 1
+            if seq.finished:
+                continue
+            sampled = result.tokens[i, : result.num_tokens[i]].tolist()
+            if seq.draft:
+                self._settle(seq, len(sampled) - 1)
+            deltas.append(self._extend(seq, sampled, result.logprobs.get(i)))
+        return deltas
+
+    def _settle(self, seq: Sequence, accepted: int) -> None:
+        """Takes back the KV of rejected drafts."""
+        rejected = len(seq.draft) - accepted
+        seq.draft = []
+        if rejected and seq.row is not None:
+            seq.num_computed -= rejected
+            self._rewind[seq.row] = seq.num_computed
+            self.cache.count_unused(seq, seq.num_computed)
+
+    def _extend(self, seq: Sequence, sampled: list[int], logprobs: list[TokenLogprobs] | None) -> Delta:
+        first = seq.num_generated == 0
+        taken = 0
+        reason: FinishReason | None = None
+        stop: int | None = None
+        for token in sampled:
+            seq.tokens.append(token)
+            taken += 1
+            if token in seq.stop_ids and seq.num_generated > seq.params.min_tokens:
+                reason = "stop"
+                stop = None if token in self._eos and not seq.params.ignore_eos else token
+            elif len(seq.tokens) >= seq.limit:
+                reason = "length"
+            if reason is not None:
+                break
+        self.stats.generated_tokens += taken
+        delta = Delta(seq.request.id, seq.index, sampled[:taken], reason, stop, logprobs and logprobs[:taken])
+        if first:
+            delta.cached_tokens = seq.cached_tokens
+            delta.scheduled_at = seq.scheduled_at
+            delta.prompt_logprobs = seq.prompt_logprobs if seq.index == 0 else None
+        if reason is not None:
+            self._end(seq, reason)
+        elif seq.status is Status.RUNNING:
+            self.cache.publish(seq)
+        return delta
+
+    def _end(self, seq: Sequence, reason: FinishReason) -> None:
+        if seq.status is Status.RUNNING:
+            self._leave(seq)
+        elif self._waiting.pop(seq.order, None) is None:
+            self._preempted.remove(seq)
+        seq.status = Status.FINISHED
+        seq.finish_reason = reason
+        siblings = self._requests[seq.request.id]
+        if all(s.finished for s in siblings):
+            del self._requests[seq.request.id]
+
+    def fail(self, error: str) -> list[Delta]:
+        """Ends every sequence of the steps in flight, which did not execute, and forgets what they published."""
+        deltas = []
+        for step in self._inflight:
+            for seq in step.members:
+                seq.inflight = 0
+                if not seq.finished:
+                    self.cache.unpublish(seq)
+                    self._end(seq, "error")
+                    deltas.append(Delta(seq.request.id, seq.index, [], "error", error=error))
+        self._inflight.clear()
+        return deltas
+
+    # Accounts
+
+    def _count_step(self) -> None:
+        stats, cache = self.stats, self.cache
+        slots = cache.owned * cache.block_size
+        stats.steps += 1
+        stats.kv_slots_owned += slots
+        stats.kv_tokens_held += slots - cache.unused_slots
+
+    def snapshot(self) -> Stats:
+        """The statistics, gauges brought up to date."""
+        self.stats.running = len(self._running)
+        self.stats.waiting = len(self._waiting) + len(self._preempted)
+        self.stats.kv_blocks_used = self.cache.pool.num_used
+        return self.stats
+
+    def check(self) -> None:
+        """Asserts the invariants that no sequence of calls may break."""
+        alive = list(self.sequences())
+        self.cache.pool.check([b for b in table if b] for seq in alive for table in seq.blocks)
+        rows = [seq.row for seq in self._running if seq.row is not None]
+        assert len(rows) == len(self._running) == len(set(rows)), "a running sequence has no row of its own"
+        assert sorted(rows + self._free_rows) == list(range(self.config.max_num_seqs)), "a row leaked"
+        waiting = [*self._preempted, *self._waiting.values()]
+        assert {id(s) for s in alive} == {id(s) for s in [*self._running, *waiting]}, "a sequence is lost"
+        assert all(not s.blocks and s.row is None for s in waiting), "a waiting sequence owns something"
+        owned = sum(bool(b) for s in alive for table in s.blocks for b in table)
+        assert owned == self.cache.owned, "owned entries are miscounted"
+        assert self.cache.unused_slots == sum(s.unused_slots for s in self._running), "unused slots are miscounted"

@@ -1,0 +1,74 @@
+"""The step under construction and the record of steps in flight.
+
+`StepBuilder` collects what `Scheduler.schedule` decides and turns it into a `Plan`; `Inflight` remembers which sequence
+stands where in a launched plan until its result is committed. Neither decides anything.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from octavo.cache import NewBlocks
+from octavo.core.plan import Admit, Plan
+from octavo.core.sequence import Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class Inflight:
+    """A launched plan: `sampled` in the plan's order, the first `num_decode` of them without drafts or chunks."""
+
+    sampled: list[Sequence]
+    num_decode: int
+    members: list[Sequence]
+
+
+@dataclass(slots=True)
+class StepBuilder:
+    """What the next plan will hold; `budget` is what is left of the tokens that one step may compute."""
+
+    budget: int
+    decode: list[Sequence] = field(default_factory=list)
+    drafted: list[Sequence] = field(default_factory=list)
+    closing: list[tuple[Sequence, int]] = field(default_factory=list)
+    """(sequence, first position of its chunk): chunks that reach the sequence's end, so a token is sampled."""
+    open: list[tuple[Sequence, int]] = field(default_factory=list)
+    admit: list[Admit] = field(default_factory=list)
+    blocks: list[tuple[int, int, int, list[int]]] = field(default_factory=list)
+
+    def add_blocks(self, seq: Sequence, new: NewBlocks) -> None:
+        assert seq.row is not None
+        for group, first, ids in new:
+            self.blocks.append((seq.row, group, first, ids))
+
+    def members(self) -> list[Sequence]:
+        chunked = [seq for seq, _ in self.closing] + [seq for seq, _ in self.open]
+        return self.decode + self.drafted + chunked
+
+    def plan(self, step: int, retire: list[int], rewind: list[tuple[int, int]]) -> Plan:
+        tokens: list[int] = []
+        counts: list[int] = []
+        for seq in self.drafted:
+            tokens += seq.draft
+            counts.append(1 + len(seq.draft))
+        for seq, start in self.closing + self.open:
+            tokens += seq.tokens[start : seq.num_computed]
+            counts.append(seq.num_computed - start)
+        return Plan(
+            step=step,
+            retire=retire,
+            admit=self.admit,
+            rewind=rewind,
+            blocks=self.blocks,
+            rows=np.array([seq.row for seq in self.members()], np.int32),
+            num_decode=len(self.decode),
+            num_drafted=len(self.drafted),
+            num_sampled=len(self.decode) + len(self.drafted) + len(self.closing),
+            counts=np.array(counts, np.int32),
+            tokens=np.array(tokens, np.int32),
+        )
+
+    def inflight(self) -> Inflight:
+        sampled = self.decode + self.drafted + [seq for seq, _ in self.closing]
+        return Inflight(sampled, len(self.decode), self.members())

@@ -1,0 +1,73 @@
+"""Whatever the scheduler does, every sequence gets exactly the tokens of a computation without cache."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import pytest
+
+from octavo.core.params import SamplingParams
+from octavo.core.request import Request
+from tests.support.drive import Driver
+from tests.support.echo import naive, salt_of
+
+WINDOWS: dict[str, list[int | None]] = {"full": [None], "window": [6], "mixed": [None, 6, 6]}
+BUDGETS = (4, 16)
+COMBINATIONS = list(product(WINDOWS, BUDGETS, ("tight", "ample"), (True, False), (0, 1), (0, 3), (1, 2)))
+
+
+def requests(n: int) -> list[Request]:
+    shared = [7, 3, 9, 1, 4, 4, 8, 2, 6]
+    prompts = [shared + [i, i + 1] * (1 + i % 3) for i in range(6)] + [[5], shared[:8], shared[:4], shared + [0, 1]]
+    return [
+        Request(
+            str(i),
+            prompt,
+            SamplingParams(n=n, temperature=float(i % 2), seed=i, max_tokens=5 + 3 * (i % 4), ignore_eos=i % 3 == 0),
+            0.0,
+        )
+        for i, prompt in enumerate(prompts)
+    ]
+
+
+@pytest.mark.parametrize(("kind", "budget", "pool", "prefix", "overlap", "draft", "n"), COMBINATIONS)
+def test_tokens_equal_a_naive_computation(
+    kind: str, budget: int, pool: str, prefix: bool, overlap: int, draft: int, n: int
+) -> None:
+    windows = WINDOWS[kind]
+    eos = (11,)
+    driver = Driver(
+        windows=windows,
+        num_blocks=1 + (9 if pool == "tight" else 60) * len(windows),
+        budget=budget,
+        max_len=32,
+        overlap=overlap,
+        prefix_caching=prefix,
+        max_draft=draft,
+        vocab=20,
+        eos=eos,
+    )
+    wanted = {}
+    for request in requests(n):
+        driver.scheduler.add(request)
+        params = request.params
+        assert params.max_tokens is not None
+        assert params.seed is not None
+        for index in range(n):
+            salt = salt_of(params, params.seed + index)
+            tokens = naive(request.prompt_token_ids, params.max_tokens, windows, salt, 20)
+            if not params.ignore_eos and eos[0] in tokens:
+                tokens = tokens[: tokens.index(eos[0]) + 1]
+            wanted[request.id, index] = tokens
+    got: dict[tuple[str, int], list[int]] = {key: [] for key in wanted}
+    ended = []
+    for delta in driver.run():
+        got[delta.request_id, delta.index] += delta.token_ids
+        if delta.finish_reason is not None:
+            ended.append((delta.request_id, delta.index))
+    assert got == wanted
+    assert sorted(ended) == sorted(wanted)
+    stats = driver.scheduler.snapshot()
+    assert (stats.preemptions > 0) == (pool == "tight") or kind != "full"
+    assert stats.running == stats.waiting == stats.kv_blocks_used == 0
+    assert max(plan.num_tokens for plan in driver.plans) <= budget
