@@ -65,7 +65,7 @@ class Driver:
         self._ahead: deque[StepResult] = deque()
 
     def turn(self) -> list[Delta]:
-        plan = self.scheduler.schedule()
+        plan = self.scheduler.schedule(now=1.0)
         launched = None
         if plan is not None:
             plan = decode_plan(encode_plan(plan))

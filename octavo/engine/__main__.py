@@ -1,0 +1,69 @@
+"""`python -m octavo.engine INBOX OUTBOX`: the engine process.
+
+Reads its EngineConfig from stdin (4-byte little-endian length, msgpack) and keeps stdin open: when it closes, the
+frontend is gone, and the engine leaves, removing the frontend's socket files.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import struct
+import sys
+import threading
+import time
+import traceback
+from pathlib import Path
+
+import msgspec
+
+from octavo.config.engine import EngineConfig
+from octavo.core.errors import OctavoError
+from octavo.core.request import Ready
+from octavo.engine.engine import Engine
+from octavo.engine.loop import Wire, last_words, run
+
+
+def _read_config() -> EngineConfig:
+    (length,) = struct.unpack("<I", sys.stdin.buffer.read(4))
+    return msgspec.msgpack.decode(sys.stdin.buffer.read(length), type=EngineConfig)
+
+
+def _leave_with_parent(inbox: str) -> None:
+    """Ends the process when stdin closes without a Shutdown before it."""
+
+    def watch() -> None:
+        while os.read(sys.stdin.fileno(), 1024):
+            pass
+        shutil.rmtree(Path(inbox.removeprefix("ipc://")).parent, ignore_errors=True)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def main(inbox: str, outbox: str) -> int:
+    """Returns the exit code: 0 after Shutdown, 1 after a failure, which the frontend has been told."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the frontend decides
+    config = _read_config()
+    wire = Wire(inbox, outbox)
+    _leave_with_parent(inbox)
+    started = time.monotonic()
+    try:
+        engine = Engine(config)
+        engine.load(wire.progress)
+        wire.send(Ready(msgspec.msgpack.encode(config), config.cache.kv_tokens, time.monotonic() - started))
+        run(engine, wire)
+    except Exception as error:
+        if not isinstance(error, OctavoError):
+            traceback.print_exc()
+        wire.send(last_words(error))
+        wire.close()
+        return 1
+    engine.close()
+    wire.close()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:3]))

@@ -1,0 +1,155 @@
+"""The engine: scheduler and worker joined by a loop that runs at most one step ahead.
+
+Owns the order of launching, committing and sampling, and what happens when a step fails. Does not know sockets (`loop`)
+or text (`frontend`).
+
+With overlap 1, step N+1 is planned and launched before step N's tokens reach the host:
+
+    host    | schedule N+1 | forward N+1 | commit N   | sample N+1 | schedule N+2 | ...
+    device  | ..forward N.......sample N | forward N+1 ........................| sample N+1 | ...
+                                         ^ N's tokens arrive; they lie in the row state, where N+1 reads them
+
+With overlap 0 each step is committed before the next is planned.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from typing import Protocol
+
+from octavo.cache import CacheManager
+from octavo.config.engine import EngineConfig
+from octavo.core.errors import EngineDead
+from octavo.core.plan import Plan, StepResult
+from octavo.core.request import Delta, Request, Stats
+from octavo.scheduler import Constraint, Proposer, Scheduler
+
+Progress = Callable[[str, int, int], None]
+MAX_FAILURES = 3
+"""Steps that may fail one after another before the engine gives up."""
+
+
+class Sampled(Protocol):
+    def result(self) -> StepResult:
+        """Waits for the step's tokens."""
+        ...
+
+
+class Executor(Protocol):
+    """Runs plans on all ranks, in order."""
+
+    def load(self, progress: Progress | None = None) -> None: ...
+
+    def launch(self, plan: Plan) -> Callable[[], Sampled]:
+        """Launches the forward pass; calling the result launches sampling."""
+        ...
+
+
+class InlineExecutor:
+    """One rank, in this process."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        from octavo.worker import Worker
+
+        self._worker = Worker(config)
+
+    def load(self, progress: Progress | None = None) -> None:
+        self._worker.load(progress)
+
+    def launch(self, plan: Plan) -> Callable[[], Sampled]:
+        forward = self._worker.forward(plan)
+        return lambda: self._worker.sample(forward)
+
+
+class Engine:
+    """Serves requests step by step: `add`, then `step` while `has_work`."""
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        *,
+        executor: Executor | None = None,
+        constraints: Iterable[Constraint] = (),
+        proposer: Proposer | None = None,
+        max_draft: int = 0,
+    ) -> None:
+        self.config = config
+        cache = CacheManager(config.cache, config.scheduler.max_num_batched_tokens)
+        self.scheduler = Scheduler(
+            config.scheduler,
+            cache,
+            eos=config.model.eos_token_ids,
+            seed=config.seed,
+            constraints=constraints,
+            proposer=proposer,
+            max_draft=max_draft,
+        )
+        self._executor: Executor = executor if executor is not None else InlineExecutor(config)
+        self._ahead: Sampled | None = None
+        self._failures = 0
+
+    def load(self, progress: Progress | None = None) -> None:
+        """Loads the model; errors of checkpoint or configuration are ConfigError."""
+        self._executor.load(progress)
+
+    def add(self, request: Request) -> None:
+        self.scheduler.add(request)
+
+    def finish(self, sequences: Iterable[tuple[str, int]]) -> None:
+        """Ends sequences (request id, index; -1 for all of a request); no delta answers."""
+        for request_id, index in sequences:
+            self.scheduler.finish(request_id, index)
+
+    def has_work(self) -> bool:
+        return self.scheduler.has_work()
+
+    @property
+    def stats(self) -> Stats:
+        return self.scheduler.snapshot()
+
+    def reset_prefix_cache(self) -> bool:
+        """Forgets all cached prefixes; False while any block is in use."""
+        return self.scheduler.cache.pool.forget_all()
+
+    def step(self) -> list[Delta]:
+        """One turn of the loop. A step that fails ends its own requests with an error.
+
+        Raises EngineDead when steps keep failing.
+        """
+        try:
+            deltas = self._turn()
+        except Exception as error:
+            self._failures += 1
+            self._ahead = None
+            if self._failures >= MAX_FAILURES:
+                raise EngineDead(f"{self._failures} steps failed in a row, the last with: {error!r}") from error
+            return self.scheduler.fail(f"the step failed: {error!r}")
+        return deltas
+
+    def _turn(self) -> list[Delta]:
+        deltas: list[Delta] = []
+        plan = self.scheduler.schedule(time.time())
+        sample = None if plan is None else self._executor.launch(plan)
+        if self._ahead is not None:
+            result = self._ahead.result()
+            self._ahead = None
+            deltas += self._commit(result)
+        if sample is not None:
+            step = sample()
+            if self.config.scheduler.overlap:
+                self._ahead = step
+            else:
+                deltas += self._commit(step.result())
+        return deltas
+
+    def _commit(self, result: StepResult) -> list[Delta]:
+        self._failures = 0
+        return self.scheduler.commit(result)
+
+    def close(self) -> None:
+        """Ends all sequences; the step in flight is waited for."""
+        for seq in list(self.scheduler.sequences()):
+            self.scheduler.finish(seq.request.id, seq.index)
+        while self._ahead is not None:
+            self.step()
