@@ -114,6 +114,7 @@ class Worker:
             self._prompts.pop(row, None)
         for admit in plan.admit:
             self._sampler.add(admit)
+            self._prompts.pop(admit.row, None)
             if admit.params.prompt_logprobs is not None:
                 assert admit.history is not None
                 self._prompts[admit.row] = (admit.params.prompt_logprobs, admit.history[: admit.prompt_len])
@@ -165,6 +166,9 @@ class Worker:
     def sample(self, forward: Forward) -> Step:
         """Samples the rows that reached their end, verifies drafts, and leaves the last tokens in the row state."""
         plan, batch = forward.plan, forward.batch
+        if not plan.num_sampled:
+            nothing = torch.zeros(0, 1, dtype=torch.int64)
+            return Step(nothing, nothing[:, 0], Samples(nothing[:, 0]), [], self._prompt_logprobs(forward))
         num_plain, num_drafted = plan.num_decode, plan.num_drafted
         rows = plan.rows[: plan.num_sampled]
         repeats = np.ones(plan.num_sampled, np.int32)
