@@ -45,6 +45,8 @@ def _leave_with_parent(inbox: str) -> None:
 def main(inbox: str, outbox: str) -> int:
     """Returns the exit code: 0 after Shutdown, 1 after a failure, which the frontend has been told."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the frontend decides
+    import octavo.worker  # noqa: F401  (imports torch while the frontend still reads the model's header)
+
     config = _read_config()
     wire = Wire(inbox, outbox)
     _leave_with_parent(inbox)

@@ -62,17 +62,18 @@ class Wire:
 
 def run(engine: Engine, wire: Wire) -> None:
     """Serves until Shutdown arrives. Raises EngineDead when the engine cannot go on."""
+    busy = False
     while True:
-        for message in wire.drain(block=not engine.has_work()):
+        for message in wire.drain(block=not busy):
             match message:
                 case Shutdown():
                     return
                 case _:
                     _handle(engine, message, wire.send)
-        if engine.has_work():
-            deltas = engine.step()
-            if deltas or not engine.has_work():
-                wire.send(Outputs(deltas, engine.stats))
+        deltas = engine.step() if engine.has_work() else []
+        was_busy, busy = busy, engine.has_work()
+        if deltas or (was_busy and not busy):
+            wire.send(Outputs(deltas, engine.stats))
 
 
 def _handle(engine: Engine, message: ToEngine, send: Callable[[FromEngine], None]) -> None:

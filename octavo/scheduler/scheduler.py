@@ -26,6 +26,8 @@ from collections.abc import Iterable, Iterator
 from itertools import chain
 from random import Random
 
+import msgspec
+
 from octavo.cache import CacheManager, NewBlocks
 from octavo.config.engine import SchedulerConfig
 from octavo.core.plan import Admit, Plan, StepResult
@@ -355,11 +357,13 @@ class Scheduler:
         stats.kv_tokens_held += slots - cache.unused_slots
 
     def snapshot(self) -> Stats:
-        """The statistics, gauges brought up to date."""
-        self.stats.running = len(self._running)
-        self.stats.waiting = len(self._waiting) + len(self._preempted)
-        self.stats.kv_blocks_used = self.cache.pool.num_used
-        return self.stats
+        """A copy of the statistics with the gauges of this moment."""
+        return msgspec.structs.replace(
+            self.stats,
+            running=len(self._running),
+            waiting=len(self._waiting) + len(self._preempted),
+            kv_blocks_used=self.cache.pool.num_used,
+        )
 
     def check(self) -> None:
         """Asserts the invariants that no sequence of calls may break."""

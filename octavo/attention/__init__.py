@@ -1,0 +1,35 @@
+"""Attention over a paged KV cache: `plan` once per step and group, `write` and `run` once per layer.
+
+Start with `batch` (what a step looks like to layers), then `backend` (the Protocol), then `reference`. Does not own the
+cache's memory or block tables (`worker`), nor which tokens run (`scheduler`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from octavo.attention.backend import AttentionBackend, AttnSpec, HeadNorms, Rotation, attn_specs
+from octavo.attention.batch import Batch, KVCache
+from octavo.attention.reference import ReferenceAttention
+from octavo.core.errors import UnsupportedModel
+from octavo.kernels import Kernels
+
+__all__ = [
+    "AttentionBackend",
+    "AttnSpec",
+    "Batch",
+    "HeadNorms",
+    "KVCache",
+    "Rotation",
+    "attn_specs",
+    "load_backend",
+]
+
+
+def load_backend(kernels: Kernels, specs: Iterable[AttnSpec]) -> AttentionBackend:
+    """The backend for layers of these specs; UnsupportedModel with the reason where none can run them."""
+    backend = ReferenceAttention(kernels)
+    for spec in specs:
+        if reason := backend.supports(spec):
+            raise UnsupportedModel(f"attention of this model cannot run: {reason}")
+    return backend

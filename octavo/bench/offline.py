@@ -1,0 +1,181 @@
+"""Throughput and latency of an engine in this process. Prompts are token ids, so no tokenizer is loaded."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Sequence
+
+import msgspec
+
+from octavo.bench.report import Result, emit, machine, percentiles, table
+from octavo.bench.roofline import Limits, known_limits, measure_limits, roofline_seconds
+from octavo.bench.workloads import Workload, named, uniform
+from octavo.config.args import EngineArgs
+from octavo.config.engine import EngineConfig
+from octavo.config.flags import parse_given
+from octavo.core.errors import ConfigError, EngineDead
+from octavo.core.params import SamplingParams
+from octavo.core.request import Stats
+from octavo.frontend.inputs import TokensPrompt
+from octavo.frontend.startup import logger
+from octavo.llm import LLM
+
+THROUGHPUT_COLUMNS = {
+    "workload": "workload",
+    "requests": "requests",
+    "input_tokens": "in tokens",
+    "output_tokens": "out tokens",
+    "seconds": "seconds",
+    "output_tokens_per_s": "out tok/s",
+    "total_tokens_per_s": "total tok/s",
+    "roofline_percent_measured": "roofline %",
+    "kv_use_percent": "KV use %",
+    "preemptions": "preempted",
+    "steps": "steps",
+}
+LATENCY_COLUMNS = {"batch_size": "batch", "mean": "mean s", "p50": "p50 s", "p90": "p90 s", "p99": "p99 s"}
+
+
+def throughput(namespace: argparse.Namespace) -> int:
+    """`octavo bench throughput`: each workload's requests are given at once; the time is that of `generate`."""
+    args = _engine_args(namespace)
+    if namespace.workload is None:
+        workloads = [uniform("custom", namespace.num_prompts, namespace.input_len, namespace.output_len)]
+    else:
+        workloads = [named(name.strip(), args.seed) for name in namespace.workload.split(",")]
+    runs = [(w, sequential) for w in workloads for sequential in ((False, True) if namespace.sequential else (False,))]
+    with _open(args) as llm:
+        for workload in workloads:
+            check_fits(workload, llm.config.scheduler.max_model_len)
+        _generate(llm, uniform("warmup", 1, 8, 4), args.seed, namespace.temperature)
+        limits = measure_limits(llm.config.device.kind, llm.config.dtype)
+        results = [
+            measure(llm, workload, args.seed, namespace.temperature, limits, sequential=sequential)
+            for workload, sequential in runs
+        ]
+    print(table(THROUGHPUT_COLUMNS, results))
+    emit(results, namespace.output_json)
+    return 0
+
+
+def latency(namespace: argparse.Namespace) -> int:
+    """`octavo bench latency`: the time of one batch from start to end, again and again."""
+    args = _engine_args(namespace)
+    workload = uniform("latency", namespace.batch_size, namespace.input_len, namespace.output_len)
+    seconds = []
+    with _open(args) as llm:
+        check_fits(workload, llm.config.scheduler.max_model_len)
+        for i in range(namespace.num_iters_warmup + namespace.num_iters):
+            began = time.perf_counter()
+            _generate(llm, workload, args.seed, namespace.temperature)
+            if i >= namespace.num_iters_warmup:
+                seconds.append(time.perf_counter() - began)
+        result = {
+            "benchmark": "latency",
+            **_engine_facts(llm),
+            "batch_size": namespace.batch_size,
+            "input_len": namespace.input_len,
+            "output_len": namespace.output_len,
+            "iterations": len(seconds),
+            **percentiles(seconds),
+            **machine(),
+        }
+    print(table(LATENCY_COLUMNS, [result]))
+    emit([result], namespace.output_json)
+    return 0
+
+
+def check_fits(workload: Workload, max_model_len: int) -> None:
+    """Raises ConfigError when a request of `workload` exceeds the context."""
+    if workload.longest > max_model_len:
+        raise ConfigError(
+            f"workload {workload.name} has requests of {workload.longest} tokens, the context holds {max_model_len}: "
+            "raise --max-model-len or lower --input-len and --output-len"
+        )
+
+
+def measure(
+    llm: LLM, workload: Workload, seed: int, temperature: float, limits: Limits, *, sequential: bool = False
+) -> Result:
+    """Runs `workload` once, all requests at once or one after another, with an empty prefix cache.
+
+    `limits` are the device's, measured on the spot; known ones are reported beside them.
+    """
+    before = llm.stats
+    seconds = _generate(llm, workload, seed, temperature, sequential=sequential)
+    after = llm.stats
+    tokens_in, tokens_out = sum(workload.inputs), sum(workload.outputs)
+    return {
+        "benchmark": "throughput",
+        "workload": workload.name + (" (sequential)" if sequential else ""),
+        **_engine_facts(llm),
+        "requests": len(workload.inputs),
+        "input_tokens": tokens_in,
+        "output_tokens": tokens_out,
+        "seconds": round(seconds, 4),
+        "output_tokens_per_s": round(tokens_out / seconds, 2),
+        "total_tokens_per_s": round((tokens_in + tokens_out) / seconds, 2),
+        **_roofline(llm.config, workload.alone() if sequential else [workload], seconds, limits),
+        "kv_pool_tokens": llm.config.cache.kv_tokens,
+        "kv_use_percent": kv_use_percent(before, after),
+        "preemptions": after.preemptions - before.preemptions,
+        "steps": after.steps - before.steps,
+        **machine(),
+    }
+
+
+def _roofline(config: EngineConfig, workloads: Sequence[Workload], seconds: float, measured: Limits) -> Result:
+    """Percent of the roofline's speed with known and with measured limits, for workloads one after another."""
+
+    def percent(limits: Limits | None) -> float | None:
+        if limits is None:
+            return None
+        least = sum(roofline_seconds(config.model, config.dtype, workload, limits) for workload in workloads)
+        return round(100 * least / seconds, 2)
+
+    return {
+        "roofline_percent": percent(known_limits(config.device.name, config.dtype)),
+        "roofline_percent_measured": percent(measured),
+        "measured_tflops": round(measured.flops / 1e12, 3),
+        "measured_gb_per_s": round(measured.bandwidth / 1e9, 2),
+    }
+
+
+def kv_use_percent(before: Stats, after: Stats) -> float | None:
+    """Tokens held per slot in owned blocks, in percent, averaged over the slots of the steps between; None without."""
+    slots = after.kv_slots_owned - before.kv_slots_owned
+    return round(100 * (after.kv_tokens_held - before.kv_tokens_held) / slots, 3) if slots else None
+
+
+def _generate(llm: LLM, workload: Workload, seed: int, temperature: float, *, sequential: bool = False) -> float:
+    """Seconds that `workload` takes; the prefix cache is emptied before."""
+    prompts = [TokensPrompt(prompt_token_ids=ids) for ids in workload.prompts(llm.config.model.vocab_size, seed)]
+    common = SamplingParams(temperature=temperature, ignore_eos=True, detokenize=False)
+    params = [common.replace(max_tokens=n) for n in workload.outputs]
+    batches: Sequence[slice] = [slice(i, i + 1) for i in range(len(prompts))] if sequential else [slice(None)]
+    llm.reset_prefix_cache()
+    began = time.perf_counter()
+    for batch in batches:
+        outputs = llm.generate(prompts[batch], params[batch], use_tqdm=not sequential)
+        for output in outputs:
+            if output.error is not None:
+                raise EngineDead(f"a request of workload {workload.name} failed: {output.error}")
+    return time.perf_counter() - began
+
+
+def _engine_args(namespace: argparse.Namespace) -> EngineArgs:
+    args, _, dropped = parse_given(namespace)
+    for line in dropped:
+        logger.info(line)
+    return msgspec.structs.replace(args, skip_tokenizer_init=True)
+
+
+def _open(args: EngineArgs) -> LLM:
+    given = msgspec.structs.asdict(args)
+    return LLM(given.pop("model"), **given)
+
+
+def _engine_facts(llm: LLM) -> Result:
+    config = llm.config
+    return {"model": config.model.path, "device": config.device.name, "dtype": config.dtype}

@@ -1,0 +1,114 @@
+"""The functions that layers compute with, as one Protocol; a backend is a module that has them all.
+
+`reference` implements every function in plain torch, for every device and dtype. A faster backend is a module that
+starts from the reference's names and overrides some, so a missing override is slow, never wrong. Chosen once at load
+and handed to layers. Owns no state and no memory: functions return new tensors, and write only where they say so.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+from octavo.core.errors import ConfigError
+from octavo.kernels.reference_batch import Ragged
+from octavo.kernels.reference_batch import Ragged
+
+
+class Kernels(Protocol):
+    """Functions over T tokens. Half types (bfloat16, float16) compute in float32 inside and round once at the end."""
+
+    def embedding(self, tokens: Tensor, table: Tensor) -> Tensor:
+        """tokens [T] int64, table [V, hidden] -> [T, hidden]."""
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """x [T, in], weight [out, in], bias [out] -> [T, out]."""
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """x / sqrt(mean(x^2) + eps) * weight over the last dimension (arXiv:1910.07467)."""
+
+    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        """s = x + residual; returns (rms_norm(s), s)."""
+
+    def silu_mul(self, gate_up: Tensor) -> Tensor:
+        """[T, 2m] -> silu(first half) * second half [T, m] (SwiGLU, arXiv:2002.05202)."""
+
+    def rotation(self, positions: Tensor, inv_freq: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of positions x frequencies, each [T, 1, 2 * pairs] in inv_freq's dtype, times `scale`.
+
+        positions [T] int64; inv_freq [pairs], or [T, pairs] where frequencies depend on the position. The second half
+        repeats the first, with the first half of the sines negated: x * cos + halves-swapped(x) * sin rotates each
+        pair (x[i], x[i + pairs]).
+        """
+
+    def rope_norm_write_kv(
+        self,
+        qkv: Tensor,
+        num_heads: int,
+        rotation: tuple[Tensor, Tensor],
+        norms: tuple[Tensor, Tensor, float] | None,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        slots: Tensor,
+    ) -> Tensor:
+        """Splits qkv, normalises q and k per head, rotates them, writes k and v; returns q [T, heads, dim].
+
+        qkv [T, (heads + 2 * kv_heads) * dim] holds q, k, v side by side; norms = (q weight [dim], k weight [dim], eps)
+        or None. Caches are [num_blocks, block_size, kv_heads, dim]; token t goes to slots[t] (int64) = block *
+        block_size + offset and nothing else is touched. Dimensions beyond the rotation's width pass unrotated.
+        """
+
+    def prepare(
+        self,
+        rows: Tensor,
+        counts: Tensor,
+        num_from_state: int,
+        packed: Tensor,
+        last_token: Tensor,
+        num_computed: Tensor,
+    ) -> Ragged:
+        """Lays out a step's tokens: see `reference_batch.prepare`."""
+
+    def slots(self, table: Tensor, row_of: Tensor, positions: Tensor, block_size: int) -> Tensor:
+        """Where each token's KV goes [T] int64: see `reference_batch.slots`."""
+
+    def verify(self, sampled: Tensor, drafts: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+        """How many samples of each drafted row stand, and the last of them: see `reference_batch.verify`."""
+
+    def sample(
+        self,
+        logits: Tensor,
+        temperature: Tensor,
+        top_k: Tensor,
+        top_p: Tensor,
+        min_p: Tensor,
+        seed: Tensor,
+        position: Tensor,
+    ) -> Tensor:
+        """The next token of each line of logits: see `reference_sampling.sample`."""
+
+    def apply_penalties(
+        self,
+        logits: Tensor,
+        at: Tensor,
+        slots: Tensor,
+        counts: Tensor,
+        in_prompt: Tensor,
+        presence: Tensor,
+        frequency: Tensor,
+        repetition: Tensor,
+    ) -> None:
+        """Changes logits in place: see `reference_sampling.apply_penalties`."""
+
+    def top_logprobs(self, logits: Tensor, chosen: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Ids, log-probabilities and rank: see `reference_sampling.top_logprobs`."""
+
+
+def load(device_kind: str) -> Kernels:
+    """The kernel backend for "cpu" or "cuda"; ConfigError for anything else."""
+    if device_kind not in ("cpu", "cuda"):
+        raise ConfigError(f"no kernels for device {device_kind!r}; use cpu or cuda")
+    from octavo.kernels import reference
+
+    return reference

@@ -1,0 +1,78 @@
+"""Every kernel function in plain torch: the meaning that other backends are compared with.
+
+Runs on any device in float64, float32, bfloat16 and float16. Signatures are explained in `octavo.kernels.Kernels`.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+from octavo.kernels.reference_batch import prepare as prepare
+from octavo.kernels.reference_batch import slots as slots
+from octavo.kernels.reference_batch import verify as verify
+from octavo.kernels.reference_sampling import apply_penalties as apply_penalties
+from octavo.kernels.reference_sampling import sample as sample
+from octavo.kernels.reference_sampling import top_logprobs as top_logprobs
+
+
+def embedding(tokens: Tensor, table: Tensor) -> Tensor:
+    return table.index_select(0, tokens)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return F.linear(x, weight, bias)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return F.rms_norm(x, weight.shape, weight, eps)
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    total = x + residual
+    return F.rms_norm(total, weight.shape, weight, eps), total
+
+
+def silu_mul(gate_up: Tensor) -> Tensor:
+    gate, up = gate_up.chunk(2, dim=-1)
+    if gate_up.dtype in (torch.bfloat16, torch.float16):
+        return F.silu(gate.float()).mul_(up).to(gate_up.dtype)
+    return F.silu(gate).mul_(up)
+
+
+def rotation(positions: Tensor, inv_freq: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    angles = positions.to(inv_freq.dtype).unsqueeze(1) * inv_freq
+    cos, sin = angles.cos() * scale, angles.sin() * scale
+    return torch.cat((cos, cos), 1).unsqueeze(1), torch.cat((-sin, sin), 1).unsqueeze(1)
+
+
+def rope_norm_write_kv(
+    qkv: Tensor,
+    num_heads: int,
+    rotation: tuple[Tensor, Tensor],
+    norms: tuple[Tensor, Tensor, float] | None,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slots: Tensor,
+) -> Tensor:
+    kv_heads, dim = k_cache.shape[2:]
+    heads = qkv.view(qkv.shape[0], -1, dim)
+    qk, v = heads[:, :-kv_heads], heads[:, -kv_heads:]
+    if norms is not None:
+        q_weight, k_weight, eps = norms
+        q, k = qk[:, :num_heads], qk[:, num_heads:]
+        qk = torch.cat((rms_norm(q, q_weight, eps), rms_norm(k, k_weight, eps)), 1)
+    qk = _rotate(qk, *rotation)
+    k_cache.view(-1, kv_heads, dim).index_copy_(0, slots, qk[:, num_heads:])
+    v_cache.view(-1, kv_heads, dim).index_copy_(0, slots, v)
+    return qk[:, :num_heads]
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x [T, heads, dim] with its first cos.shape[-1] dimensions rotated, in x's dtype."""
+    width = cos.shape[-1]
+    if width < x.shape[-1]:
+        return torch.cat((_rotate(x[..., :width], cos, sin), x[..., width:]), -1)
+    swapped = x.roll(width // 2, -1).to(cos.dtype)
+    return torch.addcmul(x * cos, swapped, sin).to(x.dtype)

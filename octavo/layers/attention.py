@@ -1,0 +1,35 @@
+"""The attention block: projections around a backend."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from octavo.attention import Batch, HeadNorms, Rotation
+from octavo.core.facts import ModelFacts
+from octavo.layers.build import Build
+from octavo.layers.linear import Linear
+from octavo.layers.norm import RMSNorm
+from octavo.parallel import Heads, Row
+
+
+class Attention:
+    """Grouped-query attention (arXiv:2305.13245) of one layer: [T, hidden] -> partial sums [T, hidden].
+
+    With `facts.qk_norm` every query and key head is normalised before it is rotated.
+    """
+
+    def __init__(self, facts: ModelFacts, layer: int, build: Build) -> None:
+        hidden, heads = facts.hidden_size, Heads(facts.num_heads, facts.num_kv_heads, facts.head_dim)
+        self.qkv = Linear(hidden, heads, build, bias=facts.qkv_bias)
+        self.out = Linear(facts.q_size, Row({"out": hidden}), build, bias=facts.output_bias)
+        self._norms: HeadNorms | None = None
+        if facts.qk_norm:
+            self.q_norm, self.k_norm = (RMSNorm(facts.head_dim, facts.norm_eps, build) for _ in range(2))
+            self._norms = (self.q_norm.weight, self.k_norm.weight, facts.norm_eps)
+        self._backend, self._spec = build.attention, build.specs[layer]
+        self._layer, self._group = layer, build.group_of(layer)
+
+    def __call__(self, x: Tensor, batch: Batch, rotation: Rotation) -> Tensor:
+        cache, meta = batch.kv[self._layer], batch.meta[self._group]
+        q = self._backend.write(self.qkv(x), cache, meta, self._spec, rotation, self._norms)
+        return self.out(self._backend.run(q, cache, meta, self._spec))

@@ -1,0 +1,68 @@
+"""Linear = Layout x Scheme: the layout says what of the matrix is here, the scheme how it is stored and multiplied."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+
+from torch import Tensor
+
+from octavo.layers.build import Build, Load, check_shape
+from octavo.parallel import Layout, Slice
+
+
+class Linear:
+    """x [T, in here] -> [T, out here]: the parts of `layout`, stacked in order.
+
+    With a layout of partial sums the result still has to be reduced over ranks (`AddNorm` does), and rank 0 alone adds
+    the bias.
+    """
+
+    def __init__(self, in_features: int, layout: Layout, build: Build, *, bias: bool = False) -> None:
+        self._kernels, self._scheme = build.kernels, build.scheme
+        self._shapes = {part: (out, in_features) for part, out in layout.parts.items()}
+        rank, size = build.comm.rank, build.comm.size
+        self._reads = {part: layout.read(part, in_features, rank, size) for part in layout.parts}
+        self._offsets: dict[str, int] = {}
+        out = 0
+        for part, read in self._reads.items():
+            self._offsets[part] = out
+            out += read.out[1] - read.out[0]
+        start, stop = next(iter(self._reads.values())).in_
+        self._params = self._scheme.create(out, stop - start, build.dtype, build.device)
+        self._bias = build.empty(out) if bias and not (layout.partial and rank) else None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._scheme.apply(self._kernels, x, self._params, self._bias)
+
+    def slots(self) -> Mapping[tuple[str, str], Load]:
+        slots: dict[tuple[str, str], Load] = {}
+        for part in self._reads:
+            for key in self._scheme.granularity:
+                slots[part, key] = partial(self._load, part, key)
+            if self._bias is not None:
+                slots[part, "bias"] = partial(self._load_bias, part)
+        return slots
+
+    def tensors(self) -> Mapping[str, Tensor]:
+        return self._params if self._bias is None else self._params | {"bias": self._bias}
+
+    def finish(self) -> None:
+        self._scheme.finish(self._params)
+
+    def _slot(self, part: str) -> Slice:
+        (first, last), (start, stop) = self._reads[part].out, self._reads[part].in_
+        offset = self._offsets[part]
+        return Slice((offset, offset + last - first), (0, stop - start))
+
+    def _load(self, part: str, key: str, tensor: Tensor) -> None:
+        granularity = self._scheme.granularity[key]
+        out, in_ = self._shapes[part]
+        check_shape(tensor, (out // granularity[0], in_ // granularity[1]))
+        cut = tensor[self._reads[part].index(granularity)]
+        self._scheme.load(self._params, key, self._slot(part).index(granularity), cut)
+
+    def _load_bias(self, part: str, tensor: Tensor) -> None:
+        assert self._bias is not None
+        check_shape(tensor, self._shapes[part][:1])
+        self._bias[slice(*self._slot(part).out)].copy_(tensor[slice(*self._reads[part].out)])

@@ -1,0 +1,26 @@
+"""RMSNorm, alone and fused with the residual stream."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from octavo.layers.build import Build, OneTensor
+
+
+class RMSNorm(OneTensor):
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, of size `size`."""
+
+    def __init__(self, size: int, eps: float, build: Build) -> None:
+        super().__init__(build.empty(size))
+        self._kernels, self._comm, self.eps = build.kernels, build.comm, eps
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._kernels.rms_norm(x, self.weight, self.eps)
+
+
+class AddNorm(RMSNorm):
+    """Reduces a block's partial sums over ranks, adds them to the residual stream and normalises it."""
+
+    def add(self, partial: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """partial, residual [T, size] -> (normalised stream, stream)."""
+        return self._kernels.add_rms_norm(self._comm.all_reduce(partial), residual, self.weight, self.eps)

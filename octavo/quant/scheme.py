@@ -1,0 +1,31 @@
+"""What a number format must offer to a Linear."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from octavo.kernels import Kernels
+
+
+class Scheme(Protocol):
+    """The format of an [out, in] matrix."""
+
+    @property
+    def granularity(self) -> Mapping[str, tuple[int, int]]:
+        """Checkpoint tensors of one matrix by suffix ("weight", ...): elements (out, in) that one entry covers."""
+
+    def create(self, out: int, in_: int, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+        """Uninitialised parameters. `dtype` is the activations'."""
+
+    def load(self, params: dict[str, Tensor], key: str, slot: tuple[slice, slice], tensor: Tensor) -> None:
+        """Stores a checkpoint tensor, already cut to what this rank holds, at `slot` of the parameter `key`."""
+
+    def finish(self, params: dict[str, Tensor]) -> None:
+        """Once everything is loaded: repacks for the kernel, where it wants another order."""
+
+    def apply(self, kernels: Kernels, x: Tensor, params: dict[str, Tensor], bias: Tensor | None) -> Tensor:
+        """x [T, in] -> [T, out]."""

@@ -1,0 +1,156 @@
+"""The sampler: rows' parameters on the device, the transforms, the draw, log-probabilities.
+
+Owns the order of these steps. A row is named by its index in the engine's row state; the last one, max_rows, is the
+padding row, which is greedy and never added.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from octavo.core.plan import Admit
+from octavo.core.request import TokenLogprobs
+from octavo.kernels import Kernels, reference
+from octavo.sampling.rows import Array, Rows, upload
+from octavo.sampling.transforms import standard_transforms
+
+_SLICE = 1 << 23
+"""Logits looked at together by `prompt_logprobs`."""
+
+Gathered = tuple[Tensor, Tensor, Tensor]
+"""Token ids [N, 1+k], their log-probabilities [N, 1+k], and ranks [N] of the first column."""
+
+
+@dataclass(frozen=True)
+class Samples:
+    """The tokens of one call and, for the indices that want them, their log-probabilities."""
+
+    tokens: Tensor
+    """[S] int64, on the device."""
+    wanted: tuple[tuple[int, int], ...] = ()
+    """(index into S, how many of the best) of those with log-probabilities."""
+    gathered: Gathered | None = None
+
+    def host_logprobs(self) -> dict[int, TokenLogprobs]:
+        """Keyed by index into S. Waits for the device."""
+        if self.gathered is None:
+            return {}
+        found = _to_host(self.gathered, (k for _, k in self.wanted))
+        return {at: entry for (at, _), entry in zip(self.wanted, found, strict=True)}
+
+
+class Sampler:
+    """Chooses the next token of each row.
+
+    Random numbers depend on the row's seed and the token's position alone (octavo.kernels.reference_sampling).
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        max_rows: int,
+        eos_token_ids: tuple[int, ...],
+        kernels: Kernels,
+        device: torch.device,
+    ) -> None:
+        self._kernels = kernels
+        self._device = device
+        self._vocab_size = vocab_size
+        self._transforms = standard_transforms(vocab_size, max_rows, eos_token_ids, kernels, device)
+        self._host: dict[str, Array] = {
+            "temperature": np.zeros(max_rows + 1, np.float32),
+            "top_k": np.zeros(max_rows + 1, np.int32),
+            "top_p": np.ones(max_rows + 1, np.float32),
+            "min_p": np.zeros(max_rows + 1, np.float32),
+            "seed": np.zeros(max_rows + 1, np.int64),
+        }
+        self._state = {name: upload(array.copy(), device) for name, array in self._host.items()}
+        self._stale: set[int] = set()
+        self._logprobs = np.full(max_rows + 1, -1, np.int64)
+
+    def add(self, admit: Admit) -> None:
+        """A sequence takes a row. With `params.uses_history`, `admit.history` must hold its `num_tokens` tokens."""
+        row, params = admit.row, admit.params
+        top_k = params.top_k if 0 < params.top_k < self._vocab_size else 0
+        seed = (admit.seed + 2**63) % 2**64 - 2**63
+        values = (params.temperature, top_k, params.top_p, params.min_p, seed)
+        for array, value in zip(self._host.values(), values, strict=True):
+            array[row] = value
+        self._stale.add(row)
+        self._logprobs[row] = -1 if params.logprobs is None else params.logprobs
+        for transform in self._transforms:
+            transform.remove(row)
+            transform.add(row, admit)
+
+    def remove(self, row: int) -> None:
+        """The row is free; nothing of it stays but numbers that nobody reads."""
+        self._logprobs[row] = -1
+        self._host["temperature"][row] = 0.0
+        for transform in self._transforms:
+            transform.remove(row)
+
+    def __call__(self, logits: Tensor, rows: Rows, positions: Tensor) -> Samples:
+        """Samples one token for each line of `logits`, which the transforms may overwrite.
+
+        logits: [S, V] float32 or float64 on the device; rows: [S] on the host; positions: [S] int64 on the
+        device, the index that the token will have in its sequence, prompt included. A row may come several times, at
+        increasing positions (verification of drafts), unless its params.uses_history.
+        """
+        lines = np.nonzero(self._logprobs[rows] >= 0)[0]
+        at = upload(lines, self._device)
+        active = [transform for transform in self._transforms if len(transform)]
+        raw = logits[at] if len(lines) else None
+        for transform in active:
+            transform.apply(logits, rows, positions)
+        tokens = self._choose(logits, rows, positions)
+        if raw is None:
+            return Samples(tokens)
+        ks = self._logprobs[rows[lines]]
+        gathered = self._kernels.top_logprobs(raw, tokens[at], int(ks.max()))
+        return Samples(tokens, tuple(zip(lines.tolist(), ks.tolist(), strict=True)), gathered)
+
+    def observe(self, rows: Rows, tokens: Tensor) -> None:
+        """Accepted tokens [N] int64, on the device, of rows [N] become part of their sequences."""
+        for transform in self._transforms:
+            if len(transform):
+                transform.observe(rows, tokens)
+
+    def _choose(self, logits: Tensor, rows: Rows, positions: Tensor) -> Tensor:
+        if not self._host["temperature"][rows].any():
+            return logits.argmax(-1)
+        if self._stale:
+            stale = np.array(sorted(self._stale))
+            at = upload(stale, self._device)
+            for name, array in self._host.items():
+                self._state[name][at] = upload(array[stale], self._device)
+            self._stale.clear()
+        index = upload(rows.astype(np.int64), self._device)
+        state = {name: tensor[index] for name, tensor in self._state.items()}
+        return self._kernels.sample(logits, **state, position=positions)
+
+
+def prompt_logprobs(logits: Tensor, targets: Tensor, k: int, kernels: Kernels = reference) -> list[TokenLogprobs]:
+    """Log-probabilities of prompt tokens: targets [N] int64 under logits [N, V]. Waits for the device.
+
+    Works in slices, so that temporaries stay small beside the logits.
+    """
+    step = max(1, _SLICE // logits.shape[1])
+    found: list[TokenLogprobs] = []
+    for start in range(0, len(targets), step):
+        part = slice(start, start + step)
+        gathered = kernels.top_logprobs(logits[part], targets[part], k)
+        found += _to_host(gathered, (k for _ in range(len(gathered[2]))))
+    return found
+
+
+def _to_host(gathered: Gathered, ks: Iterable[int]) -> list[TokenLogprobs]:
+    ids, logprobs, ranks = (tensor.tolist() for tensor in gathered)
+    return [
+        TokenLogprobs(row_ids[: 1 + k], row_logprobs[: 1 + k], rank)
+        for row_ids, row_logprobs, rank, k in zip(ids, logprobs, ranks, ks, strict=True)
+    ]

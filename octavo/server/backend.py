@@ -1,0 +1,67 @@
+"""What the server needs of an engine, and what its operator may set. Owns no behaviour.
+
+`octavo.frontend.AsyncLLM` is the real backend; the tests have a scripted one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from octavo.config.engine import EngineConfig
+    from octavo.core.facts import ModelFacts
+    from octavo.core.params import SamplingParams
+    from octavo.core.request import Stats
+    from octavo.frontend.inputs import Prompt
+    from octavo.frontend.outputs import RequestOutput
+    from octavo.text import ChatTemplate, Tokenizer
+
+
+class Backend(Protocol):
+    """A running engine. Every method is called on the event loop."""
+
+    @property
+    def config(self) -> EngineConfig: ...
+    @property
+    def facts(self) -> ModelFacts: ...
+    @property
+    def tokenizer(self) -> Tokenizer | None: ...
+    @property
+    def chat_template(self) -> ChatTemplate | None: ...
+    @property
+    def stats(self) -> Stats: ...
+
+    def default_params(self, max_tokens: int | None = None, **given: Any) -> SamplingParams:
+        """The request's values over the model's defaults. Thread-safe. Raises InvalidRequest."""
+        ...
+
+    def generate(
+        self, prompt: Prompt, params: SamplingParams, request_id: str, *, stream: bool = True, cache_salt: str = ""
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """With `stream` what is new each time, else one final output. Closing the generator aborts."""
+        ...
+
+    async def check_health(self) -> None:
+        """Raises EngineDead."""
+        ...
+
+    async def shutdown(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class ServerSettings:
+    """What an operator decides about the HTTP side."""
+
+    served_model_names: tuple[str, ...]
+    """Names that requests may use; responses without one and /v1/models begin with the first."""
+    api_keys: tuple[str, ...] = ()
+    """One of them must come as bearer token on every route but /health; none asks for no key."""
+    max_body_bytes: int = 8 * 2**20
+    """Decoding a body of this size into millions of objects stops the event loop for about 0.1 s."""
+    shutdown_grace: float = 5.0
+    """Seconds that open requests have to finish once the server is told to stop."""
+
+    def __post_init__(self) -> None:
+        assert self.served_model_names, "a server has at least one model name"

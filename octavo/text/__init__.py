@@ -1,0 +1,12 @@
+"""Text on its way in and out: tokenizers, incremental detokenizing, stop strings, chat templates.
+
+Owns everything that knows both characters and tokens; reads tokenizer files through octavo.formats. Knows nothing about
+requests, sampling or the engine. Start reading at tokenizer.py.
+"""
+
+from octavo.text.chat import ChatTemplate, normalise_messages
+from octavo.text.detokenizer import Detokenizer
+from octavo.text.stop import StopMatcher
+from octavo.text.tokenizer import Tokenizer, load_tokenizer
+
+__all__ = ["ChatTemplate", "Detokenizer", "StopMatcher", "Tokenizer", "load_tokenizer", "normalise_messages"]
