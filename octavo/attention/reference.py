@@ -126,7 +126,9 @@ def _hidden(positions: Tensor, q_positions: Tensor, window: int | None) -> Tenso
 
 def _decode(q: Tensor, keys: Tensor, values: Tensor, part: Part, scale: float) -> Tensor:
     """q [rows, kv_heads, g, dim] -> the same shape."""
-    k = keys.index_select(0, part.slots).view(part.rows, -1, *keys.shape[1:]).transpose(1, 2)  # [rows, kv_heads, L, dim]
+    k = (
+        keys.index_select(0, part.slots).view(part.rows, -1, *keys.shape[1:]).transpose(1, 2)
+    )  # [rows, kv_heads, L, dim]
     v = values.index_select(0, part.slots).view(part.rows, -1, *keys.shape[1:]).transpose(1, 2)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=part.mask, scale=scale)
 

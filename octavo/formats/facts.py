@@ -6,16 +6,26 @@ config.json is read by `hf_config`, GGUF metadata by `gguf_facts`; both refuse w
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
-from octavo.core.errors import ConfigError
+from octavo.core.errors import ConfigError, InvalidRequest
 from octavo.core.facts import ModelFacts
+from octavo.core.params import SamplingParams
 from octavo.formats.gguf_facts import gguf_facts
 from octavo.formats.hf_config import hf_facts
 from octavo.formats.jsonfile import merge_ids, read_json, token_ids
 
-_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_new_tokens")
+_SAMPLING = {
+    "temperature": "temperature",
+    "top_p": "top_p",
+    "top_k": "top_k",
+    "min_p": "min_p",
+    "repetition_penalty": "repetition_penalty",
+    "max_new_tokens": "max_tokens",
+}
+"""Names in generation_config.json -> those of SamplingParams, which owns the bounds."""
 
 
 def read_facts(path: Path, generation_config: str = "auto") -> ModelFacts:
@@ -42,21 +52,24 @@ def read_facts(path: Path, generation_config: str = "auto") -> ModelFacts:
             )
     if own is not None and own.is_file():
         facts = _with_generation_config(facts, own)
-    return msgspec.structs.replace(facts, sampling_defaults={}) if generation_config == "vllm" else facts
+    if generation_config == "vllm":
+        return msgspec.structs.replace(facts, sampling_defaults={})
+    _check_sampling(facts.sampling_defaults, own or path)
+    return facts
 
 
 def _with_generation_config(facts: ModelFacts, file: Path) -> ModelFacts:
     config = read_json(file)
-    defaults: dict[str, float] = {}
-    for name in _SAMPLING:
-        value = config.get(name)
-        if value is None:
-            continue
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise ConfigError(f"{file}: {name} is {value!r}, not a number: correct or remove it")
-        defaults[name] = value
     return msgspec.structs.replace(
         facts,
-        sampling_defaults=defaults,
+        sampling_defaults={name: config[name] for name in _SAMPLING if config.get(name) is not None},
         eos_token_ids=merge_ids(facts.vocab_size, facts.eos_token_ids, token_ids(config, "eos_token_id", file)),
     )
+
+
+def _check_sampling(defaults: dict[str, float], file: Path) -> None:
+    given: dict[str, Any] = {_SAMPLING[name]: value for name, value in defaults.items()}
+    try:
+        SamplingParams(**given)
+    except InvalidRequest as error:
+        raise ConfigError(f"{file}: {error}: correct it, or ignore sampling defaults with generation_config vllm") from None

@@ -197,6 +197,8 @@ def _rope(keys: _Metadata, head_dim: int) -> RopeFacts:
     if rotary_dim % 2 or rotary_dim > head_dim or (keys.architecture == "llama" and rotary_dim != head_dim):
         raise keys.wrong("rope.dimension_count", rotary_dim, f"which does not suit heads of {head_dim}")
     rope = RopeFacts(theta=keys.number("rope.freq_base", 10000.0), rotary_dim=rotary_dim)
+    if rope.theta <= 1:
+        raise keys.wrong("rope.freq_base", rope.theta, "not above 1")
     factor = keys.number("rope.scaling.factor", keys.number("rope.scale_linear", 1.0))
     kind = keys.get("rope.scaling.type") or "linear"
     if kind not in ("none", "linear", "yarn"):
@@ -270,9 +272,5 @@ def _token_id(gguf: GGUFFile, name: str) -> tuple[int, ...]:
 
 
 def _sampling_defaults(gguf: GGUFFile) -> dict[str, float]:
-    defaults: dict[str, float] = {}
-    for key, name in _SAMPLING.items():
-        value = gguf.metadata.get(f"general.sampling.{key}")
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            defaults[name] = value if isinstance(value, int) else decimal(value)
-    return defaults
+    values = {name: gguf.metadata.get(f"general.sampling.{key}") for key, name in _SAMPLING.items()}
+    return {n: decimal(v) if isinstance(v, float) else v for n, v in values.items() if v is not None}

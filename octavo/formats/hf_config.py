@@ -203,6 +203,8 @@ def _rope(config: _Config, head_dim: int) -> RopeFacts:
     rotary_dim = int(head_dim * partial)
     if rotary_dim % 2 or not 0 < rotary_dim <= head_dim:
         raise config.refuse("rotary dimension", rotary_dim, f"it must be even and at most the head's {head_dim}")
+    if theta <= 1:
+        raise config.refuse("rope_theta", theta, "it must be above 1")
     rope = RopeFacts(theta=theta, rotary_dim=rotary_dim)
     return rope if kind == "default" else _scaled(config, table, kind, rope)
 
@@ -212,6 +214,8 @@ def _scaled(config: _Config, table: dict[str, Any], kind: str, rope: RopeFacts) 
     longest = config.integer("max_position_embeddings")
     changes: dict[str, Any] = {"kind": cast(Literal["linear", "dynamic", "yarn", "llama3"], kind)}
     if kind == "dynamic":
+        if rope.rotary_dim == 2:
+            raise config.refuse("rotary dimension", 2, "dynamic scaling needs more")
         changes["original_max_position"] = longest
     elif kind in ("yarn", "llama3"):
         beside = config.values.get("original_max_position_embeddings")

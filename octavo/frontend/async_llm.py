@@ -111,6 +111,11 @@ class AsyncLLM:
     def facts(self) -> ModelFacts:
         return self.config.model
 
+    @property
+    def engine_pid(self) -> int:
+        """Process id of the engine."""
+        return self._client.pid
+
     def default_params(self, max_tokens: int | None = None, **given: Any) -> SamplingParams:
         """`given` values, where not None, over generation_config's defaults over SamplingParams' own."""
         return self.inputs.default_params(max_tokens, **given)

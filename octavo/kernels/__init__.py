@@ -13,11 +13,31 @@ from torch import Tensor
 
 from octavo.core.errors import ConfigError
 from octavo.kernels.reference_batch import Ragged
-from octavo.kernels.reference_batch import Ragged
 
 
 class Kernels(Protocol):
-    """Functions over T tokens. Half types (bfloat16, float16) compute in float32 inside and round once at the end."""
+    """Functions over T tokens. Half types (bfloat16, float16) compute in float32 inside and round at the end."""
+
+    # The batch of a step: see reference_batch.
+
+    def prepare(
+        self,
+        rows: Tensor,
+        counts: Tensor,
+        num_from_state: int,
+        packed: Tensor,
+        last_token: Tensor,
+        num_computed: Tensor,
+    ) -> Ragged:
+        """Lays out the step's tokens: whose they are, where they stand, and their ids from row state or `packed`."""
+
+    def slots(self, table: Tensor, row_of: Tensor, positions: Tensor, block_size: int) -> Tensor:
+        """[T] int64: block * block_size + offset of each token's KV."""
+
+    def verify(self, sampled: Tensor, drafts: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+        """How many sampled tokens of each drafted row are kept, and the last of them."""
+
+    # Layers: see reference.
 
     def embedding(self, tokens: Tensor, table: Tensor) -> Tensor:
         """tokens [T] int64, table [V, hidden] -> [T, hidden]."""
@@ -103,6 +123,36 @@ class Kernels(Protocol):
 
     def top_logprobs(self, logits: Tensor, chosen: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
         """Ids, log-probabilities and rank: see `reference_sampling.top_logprobs`."""
+
+    # Sampling: see reference_sampling.
+
+    def sample(
+        self,
+        logits: Tensor,
+        temperature: Tensor,
+        top_k: Tensor,
+        top_p: Tensor,
+        min_p: Tensor,
+        seed: Tensor,
+        position: Tensor,
+    ) -> Tensor:
+        """One token id per row of logits [S, V], int64 [S]."""
+
+    def apply_penalties(
+        self,
+        logits: Tensor,
+        at: Tensor,
+        slots: Tensor,
+        counts: Tensor,
+        in_prompt: Tensor,
+        presence: Tensor,
+        frequency: Tensor,
+        repetition: Tensor,
+    ) -> None:
+        """Penalises tokens already used, in place, in rows `at` of logits."""
+
+    def top_logprobs(self, logits: Tensor, chosen: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+        """(ids, log-probabilities, ranks) of the chosen token and the k best of each row."""
 
 
 def load(device_kind: str) -> Kernels:

@@ -9,12 +9,25 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from octavo.kernels.reference_batch import prepare as prepare
-from octavo.kernels.reference_batch import slots as slots
-from octavo.kernels.reference_batch import verify as verify
-from octavo.kernels.reference_sampling import apply_penalties as apply_penalties
-from octavo.kernels.reference_sampling import sample as sample
-from octavo.kernels.reference_sampling import top_logprobs as top_logprobs
+from octavo.kernels.reference_batch import prepare, slots, verify
+from octavo.kernels.reference_sampling import apply_penalties, sample, top_logprobs
+
+__all__ = [
+    "add_rms_norm",
+    "apply_penalties",
+    "embedding",
+    "linear",
+    "prepare",
+    "rms_norm",
+    "rope_norm_write_kv",
+    "rotation",
+    "sample",
+    "silu_mul",
+    "slots",
+    "top_logprobs",
+    "verify",
+]
+
 
 
 def embedding(tokens: Tensor, table: Tensor) -> Tensor:

@@ -242,13 +242,16 @@ def apply_penalties(
     for tokens of prompt and output: positive logits are divided by it, others multiplied. Then `frequency` times the
     count is subtracted, and `presence` from tokens generated at least once.
     """
-    rows, used = logits[at], counts[slots]
-    factor = repetition[slots, None].to(rows.dtype)
-    seen = (used > 0) | in_prompt[slots]
-    rows = torch.where(seen, torch.where(rows > 0, rows / factor, rows * factor), rows)
-    rows -= frequency[slots, None].to(rows.dtype) * used
-    rows -= presence[slots, None].to(rows.dtype) * (used > 0)
-    logits[at] = rows
+    step = max(1, _CHUNK // logits.shape[1])
+    for part, slot in zip(torch.split(at, step), torch.split(slots, step), strict=True):
+        rows, used = logits[part], counts[slot]
+        factor = repetition[slot, None].to(rows.dtype)
+        if bool((factor != 1).any()):
+            seen = (used > 0) | in_prompt[slot]
+            rows = torch.where(seen, torch.where(rows > 0, rows / factor, rows * factor), rows)
+        rows -= used * frequency[slot, None].to(rows.dtype)
+        rows -= (used > 0) * presence[slot, None].to(rows.dtype)
+        logits[part] = rows
 
 
 def top_logprobs(logits: Tensor, chosen: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:

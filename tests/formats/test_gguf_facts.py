@@ -115,6 +115,8 @@ def test_token_ids_and_sampling_defaults(make: Maker) -> None:
     assert (facts.eos_token_ids, facts.bos_token_id) == ((2, 5), 1)
     assert facts.sampling_defaults == {"temperature": 0.7, "top_k": 20}
     assert read_facts(path, "vllm").sampling_defaults == {}
+    with pytest.raises(ConfigError, match=r"model\.gguf: min_p is 2\.0"):
+        read_facts(make(general__sampling__min_p=2.0))
 
 
 def test_linear_scaling(make: Maker) -> None:
@@ -188,6 +190,7 @@ def test_other_frequency_factors_are_refused(tensor: Any, make: Maker) -> None:
         ({"context_length": "long"}, "context_length is 'long'"),
         ({"attention.layer_norm_rms_epsilon": 0.0}, "epsilon is 0.0"),
         ({"rope.freq_base": float("inf")}, "freq_base is inf"),
+        ({"rope.freq_base": 1.0}, "freq_base is 1.0"),
         ({"rope.scaling.attn_factor": 2.0}, "attn_factor"),
     ],
     ids=lambda v: v if isinstance(v, str) else "",

@@ -194,6 +194,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"rope_scaling": {"rope_type": "llama3", "factor": 2.0, "low_freq_factor": 4, "high_freq_factor": 4}}, "below"),
     ({"partial_rotary_factor": 0.2}, "rotary dimension is 3"),
     ({"partial_rotary_factor": 1.5}, "rotary dimension is 24"),
+    ({"rope_theta": 1}, "rope_theta is 1"),
+    ({"head_dim": 2, "rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rotary dimension is 2"),
     ({"num_key_value_heads": 3}, "num_key_value_heads is 3"),
     ({"hidden_size": 66}, "hidden_size is 66"),
     ({"num_hidden_layers": 10**6}, "num_hidden_layers is 1000000"),
@@ -351,9 +353,11 @@ def test_sampling_defaults(make_directory: Maker, tmp_path: Path) -> None:
 
 
 def test_bad_generation_config(make_directory: Maker, tmp_path: Path) -> None:
-    directory = make_directory(raw(), generation_config_json={"temperature": "hot"})
-    with pytest.raises(ConfigError, match="temperature is 'hot'"):
-        read_facts(directory)
+    for name, value in {"temperature": "hot", "top_p": 2, "top_k": 1.5, "min_p": math.nan}.items():
+        directory = make_directory(raw(), generation_config_json={name: value})
+        with pytest.raises(ConfigError, match=rf"generation_config\.json: {name} "):
+            read_facts(directory)
+        assert read_facts(directory, "vllm").sampling_defaults == {}
     with pytest.raises(ConfigError, match="neither auto, nor vllm, nor a folder"):
         read_facts(directory, str(tmp_path / "nowhere"))
 

@@ -30,15 +30,15 @@ SHAPE: dict[str, Any] = {
 }
 
 
-def tiny_model(kind: str) -> PreTrainedModel:
+def tiny_model(kind: str, **shape: int) -> PreTrainedModel:
     """"full": attention to everything; "mixed": one full layer and two that see 7 tokens, three KV groups."""
     torch.manual_seed(7)
     model: PreTrainedModel
     if kind == "full":
-        model = LlamaForCausalLM(LlamaConfig(**SHAPE))
+        model = LlamaForCausalLM(LlamaConfig(**(SHAPE | shape)))
     else:
         window = {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1}
-        model = Qwen2ForCausalLM(Qwen2Config(**SHAPE, **window, attn_implementation="eager"))
+        model = Qwen2ForCausalLM(Qwen2Config(**(SHAPE | shape), **window, attn_implementation="eager"))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn_like(parameter)
@@ -46,9 +46,9 @@ def tiny_model(kind: str) -> PreTrainedModel:
     return model.double().eval()
 
 
-def write_tiny(kind: str, folder: Path) -> PreTrainedModel:
-    """Writes config.json and weights; returns the transformers model."""
-    model = tiny_model(kind)
+def write_tiny(kind: str, folder: Path, **shape: int) -> PreTrainedModel:
+    """Writes config.json and weights; returns the transformers model. `shape` changes fields of SHAPE."""
+    model = tiny_model(kind, **shape)
     model.config.save_pretrained(folder)
     save_file({name: t.contiguous() for name, t in model.state_dict().items()}, folder / "model.safetensors")
     return model
