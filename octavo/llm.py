@@ -191,6 +191,7 @@ class LLM:
         with _Interruptible() as check, generation_bar(len(inputs), use_tqdm) as advance:
             try:
                 for request, text in inputs:
+                    request = msgspec.structs.replace(request, whole=not request.params.stops)
                     states.append(self._outputs.add(request, text))
                     self.engine.add(request)
                 self._run(check, advance)

@@ -36,8 +36,10 @@ class CacheManager:
         ]
         self.owned = 0
         """Table entries that sequences own; a shared block counts for each of them."""
-        self.unused_slots = 0
-        """Slots in owned entries behind the last token that is computed or scheduled."""
+        self.capacity = 0
+        """Sum of all sequences' capacities."""
+        self.computed = 0
+        """Sum of all sequences' computed tokens, kept by whoever changes `num_computed`."""
 
     def identity(self, request_id: str, salt: str, shared: bool) -> bytes | None:
         """Root of a sequence's digests; with the prefix cache off only the sequences of one request share."""
@@ -104,8 +106,11 @@ class CacheManager:
             self.owned += hit - first
             if hit > first:
                 new.append((group, first, table[first:]))
-        seq.num_computed = hit * self.block_size
+        seq.num_computed = seq.capacity = hit * self.block_size
+        self.computed += seq.num_computed
+        self.capacity += seq.capacity
         seq.published = hit
+        seq.publish_at = seq.capacity + self.block_size
         return new
 
     def grow(self, seq: Sequence, tokens: int) -> NewBlocks | None:
@@ -122,14 +127,14 @@ class CacheManager:
                 table.extend(taken)
                 new.append((group, have, taken))
             self.owned += missing * groups
-        self.count_unused(seq, tokens)
+            self.capacity += missing * self.block_size
+            seq.capacity += missing * self.block_size
         return new
 
-    def count_unused(self, seq: Sequence, tokens: int) -> None:
-        """Accounts for the slots of `seq` behind its `tokens` tokens."""
-        unused = len(seq.blocks) * (len(seq.blocks[0]) * self.block_size - tokens)
-        self.unused_slots += unused - seq.unused_slots
-        seq.unused_slots = unused
+    @property
+    def unused_slots(self) -> int:
+        """Slots in owned entries behind the last token that is computed or scheduled."""
+        return len(self.windows) * (self.capacity - self.computed)
 
     def leave_behind(self, seq: Sequence) -> None:
         """Frees blocks behind the window of every query from `num_computed` on.
@@ -156,9 +161,9 @@ class CacheManager:
             self.pool.release(owned)
             self.owned -= len(owned)
         seq.blocks = []
-        self.unused_slots -= seq.unused_slots
-        seq.unused_slots = 0
-        seq.num_computed = seq.published = 0
+        self.capacity -= seq.capacity
+        self.computed -= seq.num_computed
+        seq.num_computed = seq.published = seq.capacity = seq.publish_at = 0
 
     def publish(self, seq: Sequence) -> None:
         """Makes findable the full blocks whose tokens are known and whose KV is written or scheduled."""
@@ -171,6 +176,7 @@ class CacheManager:
                 if table[i]:
                     self.pool.publish(table[i], (seq.digests[i], group))
         seq.published = full
+        seq.publish_at = (full + 1) * self.block_size
 
     def unpublish(self, seq: Sequence) -> None:
         """Forgets the identity of every block of `seq`: a step that was to write some of them failed."""

@@ -17,7 +17,8 @@ FinishReason = Literal["stop", "length", "abort", "error"]
 class Request(msgspec.Struct, array_like=True, frozen=True):
     """One validated request. The engine makes `params.n` sequences of it, with seeds seed, seed+1, ...
 
-    `params.max_tokens` is set and fits the context; bad words arrive as token ids. `arrival` is time.time().
+    `params.max_tokens` is set and fits the context; bad words arrive as token ids. `arrival` is time.time(). With
+    `whole` nobody reads before the end, and each sequence is answered with a single delta.
     """
 
     id: str
@@ -26,6 +27,7 @@ class Request(msgspec.Struct, array_like=True, frozen=True):
     arrival: float
     bad_word_ids: list[list[int]] = []
     cache_salt: str = ""
+    whole: bool = False
 
 
 class TokenLogprobs(msgspec.Struct, array_like=True, frozen=True):
@@ -43,7 +45,8 @@ class Delta(msgspec.Struct, array_like=True):
     """New tokens of one sequence, and its end when `finish_reason` is set (then it is the last delta).
 
     The first delta of a sequence carries `cached_tokens` (prompt tokens served by the prefix cache), `scheduled_at`
-    (time.time() of its first step) and, when asked for, `prompt_logprobs` (None for the first prompt token).
+    (time.time() of its first step) and, when asked for, `prompt_logprobs` (None for the first prompt token). The only
+    delta of a `whole` request says when its first token came (`first_token_at`).
     """
 
     request_id: str
@@ -55,6 +58,7 @@ class Delta(msgspec.Struct, array_like=True):
     prompt_logprobs: list[TokenLogprobs | None] | None = None
     cached_tokens: int = 0
     scheduled_at: float = 0.0
+    first_token_at: float = 0.0
     error: str | None = None
 
 

@@ -21,9 +21,10 @@ class Sequence:
     """One choice of one request."""
 
     __slots__ = (
-        "blocks", "cached_tokens", "digests", "draft", "finish_reason", "identity", "index", "inflight", "last_in_row",
-        "leader", "limit", "num_computed", "order", "params", "prompt_len", "prompt_logprobs", "published", "request",
-        "row", "scheduled_at", "seed", "status", "stop_ids", "tokens", "unused_slots",
+        "blocks", "cached_tokens", "capacity", "digests", "draft", "finish_reason", "first_token_at",
+        "identity", "index", "inflight", "kept_logprobs", "last_in_row", "leader", "limit", "num_computed",
+        "order", "params", "prompt_len", "prompt_logprobs", "publish_at", "published", "request", "row",
+        "scheduled_at", "seed", "status", "step", "stop_ids", "tokens", "whole",
     )  # fmt: skip
 
     def __init__(
@@ -67,9 +68,18 @@ class Sequence:
         self.digests: list[bytes] = []
         self.published = 0
         """Leading blocks that are in the prefix cache."""
-        self.unused_slots = 0
+        self.publish_at = 0
+        """`num_computed` from which another block is full."""
+        self.capacity = 0
+        """Tokens that the block tables have slots for."""
+        self.step = 0
+        """Number of the last step that holds this sequence."""
+        self.whole = request.whole
         self.cached_tokens = 0
         self.scheduled_at = 0.0
+        self.first_token_at = 0.0
+        self.kept_logprobs: list[TokenLogprobs] = []
+        """Of a `whole` request, until its end."""
         self.prompt_logprobs: list[TokenLogprobs | None] | None = None if params.prompt_logprobs is None else [None]
         self.finish_reason: FinishReason | None = None
 

@@ -145,7 +145,7 @@ class Engine:
 
     def _commit(self, result: StepResult) -> list[Delta]:
         self._failures = 0
-        return self.scheduler.commit(result)
+        return self.scheduler.commit(result, time.time())
 
     def close(self) -> None:
         """Ends all sequences; the step in flight is waited for."""

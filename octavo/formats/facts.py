@@ -72,4 +72,6 @@ def _check_sampling(defaults: dict[str, float], file: Path) -> None:
     try:
         SamplingParams(**given)
     except InvalidRequest as error:
-        raise ConfigError(f"{file}: {error}: correct it, or ignore sampling defaults with generation_config vllm") from None
+        raise ConfigError(
+            f"{file}: {error}: correct it, or ignore sampling defaults with generation_config vllm"
+        ) from None

@@ -145,6 +145,7 @@ class AsyncLLM:
                 prompt, params, engine_id, cache_salt=cache_salt, add_special_tokens=add_special_tokens
             )
             await self.check_health()
+            request = msgspec.structs.replace(request, whole=not stream and not params.stops)
             state = self._outputs.add(request, text, request_id=request_id, stream=stream)
             ticket.state = state
             self._by_engine_id[engine_id] = ticket

@@ -142,7 +142,7 @@ class RequestState:
                 None if entry is None else position(entry, self._tokenizer) for entry in delta.prompt_logprobs
             ]
         if delta.token_ids:
-            metrics.first_token_time = metrics.first_token_time or now
+            metrics.first_token_time = metrics.first_token_time or delta.first_token_at or now
             metrics.last_token_time = now
             metrics.num_generation_tokens += len(delta.token_ids)
         self._error = self._error or delta.error

@@ -79,51 +79,6 @@ class Kernels(Protocol):
         block_size + offset and nothing else is touched. Dimensions beyond the rotation's width pass unrotated.
         """
 
-    def prepare(
-        self,
-        rows: Tensor,
-        counts: Tensor,
-        num_from_state: int,
-        packed: Tensor,
-        last_token: Tensor,
-        num_computed: Tensor,
-    ) -> Ragged:
-        """Lays out a step's tokens: see `reference_batch.prepare`."""
-
-    def slots(self, table: Tensor, row_of: Tensor, positions: Tensor, block_size: int) -> Tensor:
-        """Where each token's KV goes [T] int64: see `reference_batch.slots`."""
-
-    def verify(self, sampled: Tensor, drafts: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-        """How many samples of each drafted row stand, and the last of them: see `reference_batch.verify`."""
-
-    def sample(
-        self,
-        logits: Tensor,
-        temperature: Tensor,
-        top_k: Tensor,
-        top_p: Tensor,
-        min_p: Tensor,
-        seed: Tensor,
-        position: Tensor,
-    ) -> Tensor:
-        """The next token of each line of logits: see `reference_sampling.sample`."""
-
-    def apply_penalties(
-        self,
-        logits: Tensor,
-        at: Tensor,
-        slots: Tensor,
-        counts: Tensor,
-        in_prompt: Tensor,
-        presence: Tensor,
-        frequency: Tensor,
-        repetition: Tensor,
-    ) -> None:
-        """Changes logits in place: see `reference_sampling.apply_penalties`."""
-
-    def top_logprobs(self, logits: Tensor, chosen: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Ids, log-probabilities and rank: see `reference_sampling.top_logprobs`."""
-
     # Sampling: see reference_sampling.
 
     def sample(

@@ -29,7 +29,6 @@ __all__ = [
 ]
 
 
-
 def embedding(tokens: Tensor, table: Tensor) -> Tensor:
     return table.index_select(0, tokens)
 
@@ -70,16 +69,15 @@ def rope_norm_write_kv(
     slots: Tensor,
 ) -> Tensor:
     kv_heads, dim = k_cache.shape[2:]
-    heads = qkv.view(qkv.shape[0], -1, dim)
-    qk, v = heads[:, :-kv_heads], heads[:, -kv_heads:]
+    qk, v = torch.split(qkv.view(qkv.shape[0], -1, dim), [num_heads + kv_heads, kv_heads], 1)
     if norms is not None:
         q_weight, k_weight, eps = norms
-        q, k = qk[:, :num_heads], qk[:, num_heads:]
+        q, k = torch.split(qk, [num_heads, kv_heads], 1)
         qk = torch.cat((rms_norm(q, q_weight, eps), rms_norm(k, k_weight, eps)), 1)
-    qk = _rotate(qk, *rotation)
-    k_cache.view(-1, kv_heads, dim).index_copy_(0, slots, qk[:, num_heads:])
+    q, k = torch.split(_rotate(qk, *rotation), [num_heads, kv_heads], 1)
+    k_cache.view(-1, kv_heads, dim).index_copy_(0, slots, k)
     v_cache.view(-1, kv_heads, dim).index_copy_(0, slots, v)
-    return qk[:, :num_heads]
+    return q
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -87,5 +85,5 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     width = cos.shape[-1]
     if width < x.shape[-1]:
         return torch.cat((_rotate(x[..., :width], cos, sin), x[..., width:]), -1)
-    swapped = x.roll(width // 2, -1).to(cos.dtype)
-    return torch.addcmul(x * cos, swapped, sin).to(x.dtype)
+    rotated = (x * cos).add_(x.roll(width // 2, -1) * sin)
+    return rotated if rotated.dtype == x.dtype else rotated.to(x.dtype)

@@ -1,7 +1,8 @@
 """The blocks that models are made of: plain classes with a typed `__call__` over packed tokens [T, ...].
 
 Start with `build` (what every layer is built with), then `linear`. Layers own their weights and nothing else: the step
-comes in as `batch`, computation is `kernels`, attention is a backend. Does not know families of models or checkpoint files.
+comes in as `batch`, computation is `kernels`, attention is a backend. Does not know families of models or checkpoint
+files.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ from random import Random
 
 import msgspec
 
-from octavo.cache import CacheManager, NewBlocks
+from octavo.cache import CacheManager
 from octavo.config.engine import SchedulerConfig
 from octavo.core.plan import Admit, Plan, StepResult
 from octavo.core.request import Delta, FinishReason, Request, Stats, TokenLogprobs
@@ -109,73 +109,89 @@ class Scheduler:
 
     def schedule(self, now: float = 0.0) -> Plan | None:
         """The next step, or None when nothing can run before a step in flight is committed."""
-        step = StepBuilder(self.config.max_num_batched_tokens)
-        preempted = self._close_running(step)
-        if not preempted:
+        step = StepBuilder(self._steps + 1, self.config.max_num_batched_tokens)
+        preemptions = self.stats.preemptions
+        longer = self._close_decode(step)
+        self._close_longer(step, longer)
+        if self.stats.preemptions == preemptions:
             self._admit_waiting(step, now)
         if self._proposer is not None:
             self._add_drafts(step)
-        if not (step.decode or step.drafted or step.closing or step.open):
+        if step.empty:
             return None
         self._steps += 1
-        plan = step.plan(self._steps, self._retire, list(self._rewind.items()))
+        plan = step.plan(self._retire, list(self._rewind.items()))
         self._retire, self._rewind = [], {}
-        for seq in step.decode:
-            seq.inflight += 1
-        for seq in step.drafted:
-            seq.inflight += 1
-        for seq, _ in step.closing:
-            seq.inflight += 1
         self._inflight.append(step.inflight())
         self._count_step()
         return plan
 
-    def _close_running(self, step: StepBuilder) -> bool:
-        """Schedules the gaps of running sequences; True when one had to be preempted."""
-        before = self.stats.preemptions
-        held: set[int] = set()
-        ready = [seq for seq in self._running if self._is_ready(seq)]
-        for seq in chain((s for s in ready if s.todo == 1), (s for s in ready if s.todo > 1)):
-            if step.budget == 0:
-                break
-            if seq.status is not Status.RUNNING or seq.order in held:
-                continue
-            count = min(seq.todo, step.budget)
-            self.cache.leave_behind(seq)
-            while (new := self.cache.grow(seq, seq.num_computed + count)) is None:
-                victim = next((s for s in reversed(self._running) if s.order not in held), None)
-                if victim is None:
-                    break
-                assert len(self._running) > 1, "the pool holds one sequence of full length"
-                self._preempt(victim)
-                if victim is seq:
-                    break
-            if new is not None:
-                held.add(seq.order)
-                self._place(step, seq, count, new)
-        return self.stats.preemptions > before
+    def _close_decode(self, step: StepBuilder) -> list[Sequence]:
+        """Schedules the sequences that are one token short; returns the other running ones.
 
-    def _is_ready(self, seq: Sequence) -> bool:
-        """Has a gap that a step may close now."""
-        if seq.draft or len(seq.tokens) + seq.inflight >= seq.limit:
-            return False
-        return not (seq.inflight and self._may_draft(seq))
+        The loop that runs for every sequence in every step: it does the least that a row inside its block needs.
+        """
+        longer: list[Sequence] = []
+        decode, budget, number = step.decode, step.budget, step.number
+        may_wait = self._proposer is not None
+        for seq in self._running[:]:
+            if not seq.last_in_row:
+                longer.append(seq)
+                continue
+            if len(seq.tokens) + seq.inflight >= seq.limit or (may_wait and self._waits(seq)):
+                continue
+            if len(decode) == budget:
+                break
+            if seq.num_computed == seq.capacity and not self._make_room(step, seq, 1):
+                continue
+            seq.num_computed += 1
+            seq.inflight += 1
+            seq.step = number
+            decode.append(seq)
+        step.budget -= len(decode)
+        self.cache.computed += len(decode)
+        return longer
+
+    def _close_longer(self, step: StepBuilder, sequences: list[Sequence]) -> None:
+        """Schedules what the budget holds of longer gaps."""
+        for seq in sequences:
+            if not step.budget:
+                break
+            count = min(seq.todo, step.budget)
+            if seq.status is Status.RUNNING and self._make_room(step, seq, count):
+                self._place(step, seq, count)
+
+    def _waits(self, seq: Sequence) -> bool:
+        """Its drafts are being verified, or the proposer needs the token in flight."""
+        return bool(seq.draft) or (seq.inflight > 0 and self._may_draft(seq))
 
     def _may_draft(self, seq: Sequence) -> bool:
-        return self._proposer is not None and self._max_draft > 0 and not seq.params.uses_history
+        return self._max_draft > 0 and not seq.params.uses_history
 
-    def _place(self, step: StepBuilder, seq: Sequence, count: int, new: NewBlocks) -> None:
-        """Puts `count` tokens of `seq` into the step."""
+    def _make_room(self, step: StepBuilder, seq: Sequence, count: int) -> bool:
+        """Grows the block tables by `count` tokens; False when the pool is dry and `seq` waits or was preempted."""
+        self.cache.leave_behind(seq)
+        while (new := self.cache.grow(seq, seq.num_computed + count)) is None:
+            victim = next((s for s in reversed(self._running) if s.step != step.number), None)
+            if victim is None:
+                return False
+            assert len(self._running) > 1, "the pool holds one sequence of full length"
+            self._preempt(victim)
+            if victim is seq:
+                return False
         step.add_blocks(seq, new)
-        step.budget -= count
+        return True
+
+    def _place(self, step: StepBuilder, seq: Sequence, count: int) -> None:
+        """Puts a chunk of `count` tokens into the step."""
         start = seq.num_computed
         seq.num_computed += count
-        if seq.last_in_row:
-            assert seq.todo == 0, "a row that holds the last token is one token short"
-            step.decode.append(seq)
-            return
+        seq.step = step.number
+        self.cache.computed += count
+        step.budget -= count
         if seq.todo == 0:
             seq.last_in_row = True
+            seq.inflight += 1
             step.closing.append((seq, start))
         else:
             step.open.append((seq, start))
@@ -229,7 +245,8 @@ class Scheduler:
         count = min(seq.todo, step.budget)
         grown = self.cache.grow(seq, seq.num_computed + count)
         assert grown is not None, "can_admit promised the pages"
-        self._place(step, seq, count, cached + grown)
+        step.add_blocks(seq, cached + grown)
+        self._place(step, seq, count)
 
     def _add_drafts(self, step: StepBuilder) -> None:
         """Moves decode rows whose next tokens the proposer guesses to the drafted ones, as budget and pool allow."""
@@ -246,6 +263,7 @@ class Scheduler:
             step.budget -= len(draft)
             seq.draft = draft
             seq.num_computed += len(draft)
+            self.cache.computed += len(draft)
             step.drafted.append(seq)
         step.decode = decode
 
@@ -269,7 +287,7 @@ class Scheduler:
 
     # Results
 
-    def commit(self, result: StepResult) -> list[Delta]:
+    def commit(self, result: StepResult, now: float = 0.0) -> list[Delta]:
         """Takes in the oldest step in flight: tokens are appended, ended sequences leave, blocks are published."""
         step = self._inflight.popleft()
         deltas: list[Delta] = []
@@ -277,15 +295,64 @@ class Scheduler:
             known = step.members[i].prompt_logprobs
             if known is not None:
                 known[position:] = entries
+        logprobs = result.logprobs
+        firsts = result.tokens[:, 0].tolist()
         for i, seq in enumerate(step.sampled):
             seq.inflight -= 1
-            if seq.finished:
+            if seq.finish_reason is not None:
                 continue
-            sampled = result.tokens[i, : result.num_tokens[i]].tolist()
-            if seq.draft:
-                self._settle(seq, len(sampled) - 1)
-            deltas.append(self._extend(seq, sampled, result.logprobs.get(i)))
+            token, tokens = firsts[i], seq.tokens
+            quiet = seq.whole and i < step.num_decode and i not in logprobs
+            if quiet and token not in seq.stop_ids and len(tokens) + 1 < seq.limit:  # nothing to tell: the common case
+                tokens.append(token)
+                if seq.num_computed >= seq.publish_at:
+                    self.cache.publish(seq)
+                continue
+            sampled = [token] if i < step.num_decode else result.tokens[i, : result.num_tokens[i]].tolist()
+            delta = self._extend(seq, sampled, logprobs.get(i), now)
+            if delta is not None:
+                deltas.append(delta)
+        self.stats.generated_tokens += int(result.num_tokens.sum())
         return deltas
+
+    def _extend(
+        self, seq: Sequence, sampled: list[int], logprobs: list[TokenLogprobs] | None, now: float
+    ) -> Delta | None:
+        """Appends tokens up to the first that ends the sequence; the delta, unless it is kept for the end."""
+        if seq.draft:
+            self._settle(seq, len(sampled) - 1)
+        first = not seq.first_token_at
+        seq.first_token_at = seq.first_token_at or now or 1.0
+        before = len(seq.tokens)
+        reason: FinishReason | None = None
+        stop: int | None = None
+        for token in sampled:
+            seq.tokens.append(token)
+            if token in seq.stop_ids and seq.num_generated > seq.params.min_tokens:
+                reason, stop = "stop", self._stop_reason(seq, token)
+            elif len(seq.tokens) >= seq.limit:
+                reason = "length"
+            if reason is not None:
+                break
+        entries = None if logprobs is None else logprobs[: len(seq.tokens) - before]
+        if seq.whole:
+            seq.kept_logprobs += entries or ()
+            before, first, entries = seq.prompt_len, True, seq.kept_logprobs or None
+        delta = Delta(seq.request.id, seq.index, seq.tokens[before:], reason, stop, entries)
+        if first:
+            delta.cached_tokens = seq.cached_tokens
+            delta.scheduled_at = seq.scheduled_at
+            delta.first_token_at = seq.first_token_at if seq.whole else 0.0
+            delta.prompt_logprobs = seq.prompt_logprobs if seq.index == 0 else None
+        if reason is not None:
+            self._end(seq, reason)
+        elif seq.status is Status.RUNNING:
+            self.cache.publish(seq)
+        return None if seq.whole and reason is None else delta
+
+    def _stop_reason(self, seq: Sequence, token: int) -> int | None:
+        """The stop token's id, None for an end-of-sequence token."""
+        return None if token in self._eos and not seq.params.ignore_eos else token
 
     def _settle(self, seq: Sequence, accepted: int) -> None:
         """Takes back the KV of rejected drafts."""
@@ -293,35 +360,8 @@ class Scheduler:
         seq.draft = []
         if rejected and seq.row is not None:
             seq.num_computed -= rejected
+            self.cache.computed -= rejected
             self._rewind[seq.row] = seq.num_computed
-            self.cache.count_unused(seq, seq.num_computed)
-
-    def _extend(self, seq: Sequence, sampled: list[int], logprobs: list[TokenLogprobs] | None) -> Delta:
-        first = seq.num_generated == 0
-        taken = 0
-        reason: FinishReason | None = None
-        stop: int | None = None
-        for token in sampled:
-            seq.tokens.append(token)
-            taken += 1
-            if token in seq.stop_ids and seq.num_generated > seq.params.min_tokens:
-                reason = "stop"
-                stop = None if token in self._eos and not seq.params.ignore_eos else token
-            elif len(seq.tokens) >= seq.limit:
-                reason = "length"
-            if reason is not None:
-                break
-        self.stats.generated_tokens += taken
-        delta = Delta(seq.request.id, seq.index, sampled[:taken], reason, stop, logprobs and logprobs[:taken])
-        if first:
-            delta.cached_tokens = seq.cached_tokens
-            delta.scheduled_at = seq.scheduled_at
-            delta.prompt_logprobs = seq.prompt_logprobs if seq.index == 0 else None
-        if reason is not None:
-            self._end(seq, reason)
-        elif seq.status is Status.RUNNING:
-            self.cache.publish(seq)
-        return delta
 
     def _end(self, seq: Sequence, reason: FinishReason) -> None:
         if seq.status is Status.RUNNING:
@@ -377,4 +417,5 @@ class Scheduler:
         assert all(not s.blocks and s.row is None for s in waiting), "a waiting sequence owns something"
         owned = sum(bool(b) for s in alive for table in s.blocks for b in table)
         assert owned == self.cache.owned, "owned entries are miscounted"
-        assert self.cache.unused_slots == sum(s.unused_slots for s in self._running), "unused slots are miscounted"
+        assert self.cache.computed == sum(s.num_computed for s in self._running), "computed tokens are miscounted"
+        assert self.cache.capacity == sum(s.capacity for s in self._running), "capacity is miscounted"

@@ -28,6 +28,7 @@ class Inflight:
 class StepBuilder:
     """What the next plan will hold; `budget` is what is left of the tokens that one step may compute."""
 
+    number: int
     budget: int
     decode: list[Sequence] = field(default_factory=list)
     drafted: list[Sequence] = field(default_factory=list)
@@ -46,7 +47,11 @@ class StepBuilder:
         chunked = [seq for seq, _ in self.closing] + [seq for seq, _ in self.open]
         return self.decode + self.drafted + chunked
 
-    def plan(self, step: int, retire: list[int], rewind: list[tuple[int, int]]) -> Plan:
+    @property
+    def empty(self) -> bool:
+        return not (self.decode or self.drafted or self.closing or self.open)
+
+    def plan(self, retire: list[int], rewind: list[tuple[int, int]]) -> Plan:
         tokens: list[int] = []
         counts: list[int] = []
         for seq in self.drafted:
@@ -56,7 +61,7 @@ class StepBuilder:
             tokens += seq.tokens[start : seq.num_computed]
             counts.append(seq.num_computed - start)
         return Plan(
-            step=step,
+            step=self.number,
             retire=retire,
             admit=self.admit,
             rewind=rewind,

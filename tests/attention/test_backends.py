@@ -54,7 +54,9 @@ def make(
     k, v = (torch.full((needed + 1, BLOCK, heads[1], DIM), float("nan"), dtype=dtype) for _ in range(2))
     k[0, 0], v[0, 1] = float("inf"), float("-inf")
     q = torch.randn(int(counts.sum()), heads[0], DIM, generator=generator, dtype=torch.float64).to(dtype)
-    expected, positions, first = [], [], 0
+    expected: list[Tensor] = []
+    positions: list[int] = []
+    first = 0
     for row, (count, past) in enumerate(rows):
         visible_from = 0 if window is None else max(past - window + 1, 0)
         for i in range(-(-(count + past) // BLOCK)):
@@ -64,8 +66,7 @@ def make(
             for cache in (k, v):
                 noise = torch.randn(width, heads[1], DIM, generator=generator, dtype=torch.float64)
                 cache[block, :width] = noise.to(dtype)
-        for t in range(count):
-            expected.append(naive(q[first + t], k, v, table[row], past + t, spec))
+        expected += [naive(q[first + t], k, v, table[row], past + t, spec) for t in range(count)]
         positions += range(past, past + count)
         first += count
     starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)

@@ -31,6 +31,7 @@ def compute(cache: CacheManager, seq: Sequence, tokens: int) -> None:
         cache.admit(seq, cache.find(seq))
     cache.leave_behind(seq)
     assert cache.grow(seq, tokens) is not None
+    cache.computed += tokens - seq.num_computed
     seq.num_computed = tokens
     cache.publish(seq)
 

@@ -21,7 +21,9 @@ from octavo.models import build_model
 
 
 @dataclass
-class Sequence_:
+class Held:
+    """What a sequence has computed, and its blocks per KV group."""
+
     length: int = 0
     blocks: list[list[int]] = field(default_factory=list)
 
@@ -55,7 +57,7 @@ class Runner:
         self.pool = pool
         self.kv = tuple(pool[place[layer]] for layer in range(facts.num_layers))
         self.free = list(range(num_blocks - 1, 0, -1))
-        self.sequences: dict[str, Sequence_] = {}
+        self.sequences: dict[str, Held] = {}
 
     def load(self, weights: Mapping[str, Tensor]) -> Runner:
         for name, tensor in weights.items():
@@ -66,12 +68,12 @@ class Runner:
     def share(self, old: str, new: str, tokens: int) -> None:
         """Begins `new` with the blocks of `old`'s first tokens, as a prefix hit does."""
         assert tokens % self.block_size == 0
-        self.sequences[new] = Sequence_(tokens, [b[: tokens // self.block_size] for b in self.sequences[old].blocks])
+        self.sequences[new] = Held(tokens, [b[: tokens // self.block_size] for b in self.sequences[old].blocks])
 
     def step(self, feed: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
         """One batch; rows with a single token first, as the scheduler orders them."""
         order = sorted(feed, key=lambda name: len(feed[name]) > 1)
-        sequences = [self.sequences.setdefault(n, Sequence_(0, [[] for _ in self.groups])) for n in order]
+        sequences = [self.sequences.setdefault(n, Held(0, [[] for _ in self.groups])) for n in order]
         counts = [len(feed[name]) for name in order]
         for sequence, count in zip(sequences, counts, strict=True):
             self._grow(sequence, sequence.length + count)
@@ -81,9 +83,9 @@ class Runner:
         logits = self.model.logits(hidden[batch.logits_at])
         for sequence, count in zip(sequences, counts, strict=True):
             sequence.length += count
-        return dict(zip(order, logits.split(counts), strict=True))
+        return dict(zip(order, torch.split(logits, counts), strict=True))
 
-    def _grow(self, sequence: Sequence_, tokens: int) -> None:
+    def _grow(self, sequence: Held, tokens: int) -> None:
         """Gives up what lies behind each group's window, then owns blocks for `tokens` tokens."""
         for group, blocks in zip(self.groups, sequence.blocks, strict=True):
             if group.window is not None:
@@ -95,7 +97,7 @@ class Runner:
             while len(blocks) * self.block_size < tokens:
                 blocks.append(self.free.pop())
 
-    def _batch(self, tokens: list[list[int]], sequences: list[Sequence_]) -> Batch:
+    def _batch(self, tokens: list[list[int]], sequences: list[Held]) -> Batch:
         counts = np.array([len(t) for t in tokens], np.int32)
         before = np.array([s.length for s in sequences], np.int32)
         positions = np.concatenate([np.arange(b, b + c) for b, c in zip(before, counts, strict=True)])
@@ -150,6 +152,10 @@ def facts_for(config: Any, architecture: str, **changes: Any) -> ModelFacts:
         "windows": tuple(window if kind == "sliding_attention" else None for kind in kinds),
     }
     return ModelFacts(**(facts | changes))
+
+
+def assert_close(actual: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 
 
 def randomize(model: torch.nn.Module, seed: int = 0) -> None:
