@@ -57,3 +57,7 @@ class Batch:
     """Per layer."""
     meta: tuple[Any, ...] = ()
     """Per group: what the attention backend's `plan` returned."""
+    rows: Tensor | None = None
+    """[B] int line of `row_tables` of each row of the batch; None: `tables` is all there is."""
+    row_tables: tuple[Tensor, ...] | None = None
+    """Per group [R+1, max_blocks] int32: the worker's whole tables, so that none need be gathered."""

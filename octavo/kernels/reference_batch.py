@@ -50,7 +50,7 @@ def prepare(
 
 
 def slots(table: Tensor, row_of: Tensor, positions: Tensor, block_size: int) -> Tensor:
-    """[T] int64: block * block_size + offset of each token's KV. table: [B, max_blocks] int32, the batch's block ids."""
+    """[T] int64: block * block_size + offset of each token's KV. table [B, max_blocks] int32: the batch's blocks."""
     blocks = table[row_of, positions // block_size].long()
     return blocks * block_size + positions % block_size
 

@@ -7,6 +7,7 @@ way while the forward runs, and because sampling is not inside the forward's gra
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -71,7 +72,9 @@ class Worker:
     def load(self, progress: Progress | None = None) -> None:
         """Reads the weights and allocates KV cache and row state. Errors of the checkpoint are ConfigError."""
         config, facts, cache = self.config, self.config.model, self.config.cache
-        self._device = torch.device("cuda" if config.device.kind == "cuda" else "cpu")
+        self._device = (
+            torch.device("cuda", config.device.index) if config.device.kind == "cuda" else torch.device("cpu")
+        )
         dtype: torch.dtype = getattr(torch, config.dtype)
         self._kernels = load_kernels(config.device.kind)
         self._attention = load_backend(self._kernels, attn_specs(facts, cache.block_size))
@@ -99,10 +102,7 @@ class Worker:
         """Per layer the cache tensor of its place in its group: layer j of every group shares tensor j."""
         cache, facts = self.config.cache, self.config.model
         shape = (cache.num_blocks, cache.block_size, facts.num_kv_heads, facts.head_dim)
-        tensors = [
-            KVCache(*(torch.zeros(shape, dtype=dtype, device=self._device) for _ in range(2)))
-            for _ in cache.groups[0].layers
-        ]
+        tensors = [KVCache(*(_zeros(shape, dtype, self._device) for _ in range(2))) for _ in cache.groups[0].layers]
         place = {layer: j for group in cache.groups for j, layer in enumerate(group.layers)}
         return tuple(tensors[place[layer]] for layer in range(facts.num_layers))
 
@@ -224,6 +224,14 @@ class Worker:
             if entries:
                 found[i] = (start + 1, entries)
         return found
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros; on a CPU memory that the system hands out page by page when it is first written."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    memory = np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)
+    return torch.from_numpy(memory).view(dtype).view(shape)
 
 
 def _logits_at(plan: Plan, counts: Int32s) -> Int32s:

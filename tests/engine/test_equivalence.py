@@ -16,7 +16,9 @@ from octavo.engine import Engine, InlineExecutor
 from tests.support.tiny import VOCAB, Naive, tiny_config, write_tiny
 
 Wanted = dict[tuple[str, int], list[int]]
-COMBINATIONS = list(product(("full", "mixed"), (5, 48), ("tight", "ample"), (True, False), (0, 1), (0, 2), (1, 2), (2, 5)))
+COMBINATIONS = list(
+    product(("full", "mixed"), (5, 48), ("tight", "ample"), (True, False), (0, 1), (0, 2), (1, 2), (2, 5))
+)
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ COMBINATIONS = list(product(WINDOWS, BUDGETS, ("tight", "ample"), (True, False),
 
 def requests(n: int) -> list[Request]:
     shared = [7, 3, 9, 1, 4, 4, 8, 2, 6]
-    prompts = [shared + [i, i + 1] * (1 + i % 3) for i in range(6)] + [[5], shared[:8], shared[:4], shared + [0, 1]]
+    prompts = [shared + [i, i + 1] * (1 + i % 3) for i in range(6)] + [[5], shared[:8], shared[:4], [*shared, 0, 1]]
     return [
         Request(
             str(i),

@@ -90,7 +90,8 @@ async def send_nonsense(client: httpx.AsyncClient, rng: random.Random) -> None:
 
 async def hang_up_early(client: httpx.AsyncClient, rng: random.Random) -> None:
     """Closes the connection inside the request."""
-    request = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 30\r\n\r\n" + b'{"prompt": "x", "max_tokens": '
+    head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 30\r\n\r\n"
+    request = head + b'{"prompt": "x", "max_tokens": '
     _, writer = await asyncio.open_connection(client.base_url.host, client.base_url.port)
     writer.write(request[: rng.randrange(1, len(request))])
     await writer.drain()

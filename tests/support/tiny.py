@@ -31,19 +31,20 @@ SHAPE: dict[str, Any] = {
 
 
 def tiny_model(kind: str, **shape: int) -> PreTrainedModel:
-    """"full": attention to everything; "mixed": one full layer and two that see 7 tokens, three KV groups."""
+    """Kind "full": attention to everything; "mixed": one full layer and two that see 7 tokens, three KV groups."""
     torch.manual_seed(7)
     model: PreTrainedModel
     if kind == "full":
         model = LlamaForCausalLM(LlamaConfig(**(SHAPE | shape)))
     else:
-        window = {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1}
-        model = Qwen2ForCausalLM(Qwen2Config(**(SHAPE | shape), **window, attn_implementation="eager"))
+        window: dict[str, Any] = {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1}
+        model = Qwen2ForCausalLM(Qwen2Config(**(SHAPE | shape | window | {"attn_implementation": "eager"})))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn_like(parameter)
             parameter.copy_(1 + 0.2 * noise if "norm" in name else 0.4 * noise)
-    return model.double().eval()
+    model.double().train(False)
+    return model
 
 
 def write_tiny(kind: str, folder: Path, **shape: int) -> PreTrainedModel:
