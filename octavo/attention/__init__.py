@@ -6,13 +6,15 @@ cache's memory or block tables (`worker`), nor which tokens run (`scheduler`).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import torch
 
 from octavo.attention.backend import AttentionBackend, AttnSpec, HeadNorms, Rotation, attn_specs
 from octavo.attention.batch import Batch, KVCache
 from octavo.attention.reference import ReferenceAttention
 from octavo.core.errors import UnsupportedModel
 from octavo.kernels import Kernels
+
+CPU = torch.device("cpu")
 
 __all__ = [
     "AttentionBackend",
@@ -26,9 +28,20 @@ __all__ = [
 ]
 
 
-def load_backend(kernels: Kernels, specs: Iterable[AttnSpec]) -> AttentionBackend:
+def load_backend(
+    kernels: Kernels,
+    specs: tuple[AttnSpec, ...],
+    device: torch.device = CPU,
+    dtype: torch.dtype = torch.float32,
+) -> AttentionBackend:
     """The backend for layers of these specs; UnsupportedModel with the reason where none can run them."""
-    backend = ReferenceAttention(kernels)
+    backend: AttentionBackend = ReferenceAttention(kernels)
+    if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
+        from octavo.attention.cuda import CudaAttention
+
+        fast = CudaAttention(kernels, specs, device, dtype)
+        if not any(fast.supports(spec) for spec in specs):
+            backend = fast
     for spec in specs:
         if reason := backend.supports(spec):
             raise UnsupportedModel(f"attention of this model cannot run: {reason}")

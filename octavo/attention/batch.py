@@ -5,7 +5,7 @@ Every layer is called with `(x, batch)`. Owns no memory: tensors are views of th
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -58,6 +58,9 @@ class Batch:
     meta: tuple[Any, ...] = ()
     """Per group: what the attention backend's `plan` returned."""
     rows: Tensor | None = None
-    """[B] int line of `row_tables` of each row of the batch; None: `tables` is all there is."""
+    """[B] int64 row of each batch row in `row_tables`; None: only `tables` is there."""
     row_tables: tuple[Tensor, ...] | None = None
-    """Per group [R+1, max_blocks] int32: the worker's whole tables, so that none need be gathered."""
+    """Per group the row state's block tables [R+1, max_blocks] int32, for backends that need no gathered copy."""
+
+    def with_meta(self, meta: tuple[Any, ...]) -> Batch:
+        return replace(self, meta=meta)

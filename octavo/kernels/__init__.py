@@ -12,7 +12,6 @@ from typing import Protocol
 from torch import Tensor
 
 from octavo.core.errors import ConfigError
-from octavo.kernels.reference_batch import Ragged
 
 
 class Kernels(Protocol):
@@ -20,16 +19,20 @@ class Kernels(Protocol):
 
     # The batch of a step: see reference_batch.
 
-    def prepare(
+    def prepare_decode(
         self,
         rows: Tensor,
-        counts: Tensor,
-        num_from_state: int,
-        packed: Tensor,
         last_token: Tensor,
         num_computed: Tensor,
-    ) -> Ragged:
-        """Lays out the step's tokens: whose they are, where they stand, and their ids from row state or `packed`."""
+        tables: Tensor,
+        block_size: int,
+        *,
+        tokens: Tensor,
+        positions: Tensor,
+        seq_lens: Tensor,
+        slots: Tensor,
+    ) -> None:
+        """Lays out a step of one token a row: see `reference_batch.prepare_decode`."""
 
     def slots(self, table: Tensor, row_of: Tensor, positions: Tensor, block_size: int) -> Tensor:
         """[T] int64: block * block_size + offset of each token's KV."""

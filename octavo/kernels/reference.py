@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from octavo.kernels.reference_batch import prepare, slots, verify
+from octavo.kernels.reference_batch import prepare_decode, slots, verify
 from octavo.kernels.reference_sampling import apply_penalties, sample, top_logprobs
 
 __all__ = [
@@ -17,7 +17,7 @@ __all__ = [
     "apply_penalties",
     "embedding",
     "linear",
-    "prepare",
+    "prepare_decode",
     "rms_norm",
     "rope_norm_write_kv",
     "rotation",

@@ -6,47 +6,36 @@ the ragged batch that layers see. A fused kernel can override each function by n
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True)
-class Ragged:
-    """T tokens of B rows: see `octavo.attention.Batch` for the meaning of each tensor."""
+def prepare_decode(
+    rows: Tensor,
+    last_token: Tensor,
+    num_computed: Tensor,
+    tables: Tensor,
+    block_size: int,
+    *,
+    tokens: Tensor,
+    positions: Tensor,
+    seq_lens: Tensor,
+    slots: Tensor,
+) -> None:
+    """Lays out a step of one token a row and advances num_computed by it.
 
-    tokens: Tensor
-    positions: Tensor
-    row_of: Tensor
-    q_start: Tensor
-    seq_lens: Tensor
-
-
-def prepare(
-    rows: Tensor, counts: Tensor, num_from_state: int, packed: Tensor, last_token: Tensor, num_computed: Tensor
-) -> Ragged:
-    """Lays out the step's tokens.
-
-    rows, counts: [B] int64, the batch's rows and how many tokens each computes. The first `num_from_state` rows take
-    their first token from `last_token` [R] int64; every other token comes from `packed` int64, in order. num_computed:
-    [R] int64.
+    rows [B] int64, without repeats but for the padding row R; last_token, num_computed [R+1] int64; tables
+    [G, R+1, max_blocks] int32. Writes tokens, positions [B] int64, seq_lens [B] int32 = position + 1, slots [G, B]
+    int64. A padding row is token 0 at position 0, goes to slot 0 (in the padding block) and does not grow.
     """
-    device = rows.device
-    ends = counts.cumsum(0)
-    starts = ends - counts
-    total = num_from_state + packed.shape[0]
-    row_of = torch.repeat_interleave(torch.arange(rows.shape[0], device=device), counts, output_size=total)
-    begin = num_computed[rows]
-    positions = (begin - starts)[row_of] + torch.arange(total, device=device)
-    tokens = torch.empty(total, dtype=torch.int64, device=device)
-    known = torch.ones(total, dtype=torch.bool, device=device)
-    first = starts[:num_from_state]
-    known[first] = False
-    tokens[first] = last_token[rows[:num_from_state]]
-    tokens[known] = packed
-    q_start = torch.cat((starts, ends[-1:])).to(torch.int32)
-    return Ragged(tokens, positions, row_of, q_start, (begin + counts).to(torch.int32))
+    padding = rows == num_computed.shape[0] - 1
+    begin = num_computed[rows].masked_fill(padding, 0)
+    tokens.copy_(last_token[rows].masked_fill(padding, 0))
+    positions.copy_(begin)
+    seq_lens.copy_(begin + 1)
+    blocks = tables[:, rows, begin // block_size].long().masked_fill(padding, 0)
+    slots.copy_(blocks * block_size + begin % block_size)
+    num_computed[rows] = begin + (~padding).long()
 
 
 def slots(table: Tensor, row_of: Tensor, positions: Tensor, block_size: int) -> Tensor:

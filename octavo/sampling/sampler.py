@@ -6,7 +6,7 @@ padding row, which is greedy and never added.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,9 +22,6 @@ from octavo.sampling.transforms import standard_transforms
 _SLICE = 1 << 23
 """Logits looked at together by `prompt_logprobs`."""
 
-Gathered = tuple[Tensor, Tensor, Tensor]
-"""Token ids [N, 1+k], their log-probabilities [N, 1+k], and ranks [N] of the first column."""
-
 
 @dataclass(frozen=True)
 class Samples:
@@ -34,13 +31,14 @@ class Samples:
     """[S] int64, on the device."""
     wanted: tuple[tuple[int, int], ...] = ()
     """(index into S, how many of the best) of those with log-probabilities."""
-    gathered: Gathered | None = None
+    gathered: tuple[Tensor, ...] = ()
+    """Log-probabilities of the wanted (token ids, values, ranks), on the device; nothing when none are."""
 
-    def host_logprobs(self) -> dict[int, TokenLogprobs]:
-        """Keyed by index into S. Waits for the device."""
-        if self.gathered is None:
+    def host_logprobs(self, gathered: Sequence[Tensor] | None = None) -> dict[int, TokenLogprobs]:
+        """Keyed by index into S. `gathered` is a copy on the host; without it this waits for the device."""
+        if not self.wanted:
             return {}
-        found = _to_host(self.gathered, (k for _, k in self.wanted))
+        found = _to_host(gathered or self.gathered, (k for _, k in self.wanted))
         return {at: entry for (at, _), entry in zip(self.wanted, found, strict=True)}
 
 
@@ -148,7 +146,7 @@ def prompt_logprobs(logits: Tensor, targets: Tensor, k: int, kernels: Kernels = 
     return found
 
 
-def _to_host(gathered: Gathered, ks: Iterable[int]) -> list[TokenLogprobs]:
+def _to_host(gathered: Sequence[Tensor], ks: Iterable[int]) -> list[TokenLogprobs]:
     ids, logprobs, ranks = (tensor.tolist() for tensor in gathered)
     return [
         TokenLogprobs(row_ids[: 1 + k], row_logprobs[: 1 + k], rank)

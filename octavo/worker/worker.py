@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -24,60 +24,71 @@ from octavo.kernels import load as load_kernels
 from octavo.models import build_model
 from octavo.sampling import Sampler, Samples, prompt_logprobs
 from octavo.weights import load_weights
+from octavo.worker.decode import DecodeSteps
+from octavo.worker.layout import Layout, lay_out
 from octavo.worker.rows import RowState
+from octavo.worker.staging import Download, Uploader
 
 Progress = Callable[[str, int, int], None]
+PROMPT_SLICE = 128
+"""Prompt tokens whose log-probabilities are computed together; bounds the memory of their logits."""
 
 
 @dataclass(frozen=True)
 class Forward:
-    """A launched forward pass: the plan, its batch and the hidden states [T, hidden]."""
+    """A launched forward pass and what sampling needs of it."""
 
     plan: Plan
-    batch: Batch
-    hidden: Tensor
-    starts: Int32s
-    """[B] first position that each row computed."""
+    logits: Tensor
+    """[S, vocab] of the tokens to sample after."""
+    positions: Tensor
+    """[S] int64 positions that the sampled tokens will have."""
+    layout: Layout | None = None
+    """None: a step of one token a row."""
+    hidden: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class Step:
     """A launched and sampled step; `result` waits for the device."""
 
-    tokens: Tensor
-    num_tokens: Tensor
+    download: Download
     samples: Samples
     first_sample: list[int]
     """Per sampled row where its entries in `samples` begin."""
     prompt_logprobs: dict[int, tuple[int, list[TokenLogprobs]]]
 
     def result(self) -> StepResult:
-        tokens = self.tokens.cpu().numpy().astype(np.int32)
-        counts = self.num_tokens.cpu().numpy().astype(np.int32)
-        entries = self.samples.host_logprobs()
+        tokens, counts, *gathered = self.download.wait()
+        num_tokens = counts.numpy().astype(np.int32)
+        entries = self.samples.host_logprobs(gathered)
         logprobs: dict[int, list[TokenLogprobs]] = {}
         if entries:
-            for i, (first, count) in enumerate(zip(self.first_sample, counts, strict=True)):
+            for i, (first, count) in enumerate(zip(self.first_sample, num_tokens, strict=True)):
                 if first in entries:
                     logprobs[i] = [entries[j] for j in range(first, first + int(count))]
-        return StepResult(tokens, counts, logprobs, self.prompt_logprobs)
+        return StepResult(tokens.numpy().astype(np.int32), num_tokens, logprobs, self.prompt_logprobs)
 
 
 class Worker:
-    """Executes plans in order on one device. Construction allocates nothing; `load` does."""
+    """Executes plans in order on one device. Construction allocates nothing; `load` does.
 
-    def __init__(self, config: EngineConfig) -> None:
+    Steps of one token a row run over fixed buffers on a GPU (`decode`); all others are laid out anew.
+    """
+
+    def __init__(self, config: EngineConfig, *, graphs: bool = True) -> None:
         self.config = config
+        self._graphs = graphs
 
     def load(self, progress: Progress | None = None) -> None:
         """Reads the weights and allocates KV cache and row state. Errors of the checkpoint are ConfigError."""
-        config, facts, cache = self.config, self.config.model, self.config.cache
-        self._device = (
-            torch.device("cuda", config.device.index) if config.device.kind == "cuda" else torch.device("cpu")
-        )
+        config, facts, cache, scheduler = self.config, self.config.model, self.config.cache, self.config.scheduler
+        device = config.device
+        self._device = torch.device("cuda", device.index) if device.kind == "cuda" else torch.device("cpu")
+        self._kernels = load_kernels(device.kind)
         dtype: torch.dtype = getattr(torch, config.dtype)
-        self._kernels = load_kernels(config.device.kind)
-        self._attention = load_backend(self._kernels, attn_specs(facts, cache.block_size))
+        specs = attn_specs(facts, cache.block_size)
+        self._attention = load_backend(self._kernels, specs, self._device, dtype)
         self._model = build_model(
             facts,
             dtype=dtype,
@@ -88,8 +99,8 @@ class Worker:
             block_size=cache.block_size,
         )
         load_weights(self._model, facts, load_format=config.load_format, seed=config.seed, progress=progress)
-        scheduler = config.scheduler
         max_blocks = blocks_for(scheduler.max_model_len, cache.block_size)
+        self._upload = Uploader(self._device)
         self._rows = RowState(scheduler.max_num_seqs, max_blocks, len(cache.groups), self._device)
         self._sampler = Sampler(
             facts.vocab_size, scheduler.max_num_seqs, facts.eos_token_ids, self._kernels, self._device
@@ -97,6 +108,19 @@ class Worker:
         self._kv = self._allocate_kv(getattr(torch, cache.dtype))
         self._prompts: dict[int, tuple[int, list[int]]] = {}
         """Rows that want prompt log-probabilities: how many a position, and the prompt."""
+        self._decode: DecodeSteps | None = None
+        if self._device.type == "cuda":
+            self._decode = DecodeSteps(
+                self._model,
+                self._attention,
+                self._kernels,
+                cache.groups,
+                cache.block_size,
+                self._rows,
+                self._kv,
+                self._upload,
+                graphs=self._graphs,
+            )
 
     def _allocate_kv(self, dtype: torch.dtype) -> tuple[KVCache, ...]:
         """Per layer the cache tensor of its place in its group: layer j of every group shares tensor j."""
@@ -118,108 +142,110 @@ class Worker:
             if admit.params.prompt_logprobs is not None:
                 assert admit.history is not None
                 self._prompts[admit.row] = (admit.params.prompt_logprobs, admit.history[: admit.prompt_len])
-        self._rows.apply(plan)
-        batch, starts = self._prepare(plan)
-        return Forward(plan, batch, self._model(batch), starts)
+        self._rows.apply(plan, self._upload)
+        if self._decode is not None and plan.num_decode == len(plan.rows):
+            self._rows.host_computed[plan.rows] += 1
+            decoded = self._decode.run(plan.rows, int(self._rows.host_computed[plan.rows].max()))
+            return Forward(plan, decoded.logits, decoded.positions)
+        layout = lay_out(plan, self._rows.host_computed)
+        self._rows.host_computed[plan.rows] += layout.counts
+        batch = self._batch(plan, layout)
+        hidden = self._model(batch)
+        sampled = batch.logits_at
+        return Forward(plan, self._model.logits(hidden[sampled]), batch.positions[sampled] + 1, layout, hidden)
 
-    def _prepare(self, plan: Plan) -> tuple[Batch, Int32s]:
+    def _batch(self, plan: Plan, layout: Layout) -> Batch:
+        """The ragged batch on the device; the rows' num_computed moves past it."""
         state, block_size = self._rows, self.config.cache.block_size
-        counts = np.concatenate((np.ones(plan.num_decode, np.int32), plan.counts))
-        starts = state.host_computed[plan.rows].astype(np.int32)
-        kv_lens = starts + counts
-        rows = self._tensor(plan.rows)
-        ragged = self._kernels.prepare(
-            rows,
-            self._tensor(counts),
-            plan.num_decode + plan.num_drafted,
-            self._tensor(plan.tokens),
-            state.last_token,
-            state.num_computed,
+        tokens, from_state, positions, row_of, q_start, logits_at, rows, seq_lens = self._upload(
+            layout.tokens,
+            layout.from_state,
+            layout.positions,
+            layout.row_of,
+            layout.q_start,
+            layout.logits_at,
+            plan.rows.astype(np.int64),
+            layout.kv_lens,
         )
+        if len(layout.from_state):
+            tokens[from_state] = state.last_token[rows[: len(layout.from_state)]]
+        kv_lens = layout.kv_lens
         max_kv = int(kv_lens.max())
         tables = tuple(table[rows, : blocks_for(max_kv, block_size)] for table in state.tables)
         batch = Batch(
-            tokens=ragged.tokens,
-            positions=ragged.positions,
-            row_of=ragged.row_of,
-            q_start=ragged.q_start,
-            seq_lens=ragged.seq_lens,
-            slots=tuple(self._kernels.slots(t, ragged.row_of, ragged.positions, block_size) for t in tables),
+            tokens=tokens,
+            positions=positions,
+            row_of=row_of,
+            q_start=q_start,
+            seq_lens=seq_lens,
+            slots=tuple(self._kernels.slots(table, row_of, positions, block_size) for table in tables),
             tables=tables,
-            logits_at=self._tensor(_logits_at(plan, counts)),
+            logits_at=logits_at,
             num_decode=plan.num_decode,
-            max_q=int(counts.max()),
+            max_q=int(layout.counts.max()),
             max_kv=max_kv,
-            q_lens=counts,
+            q_lens=layout.counts,
             kv_lens=kv_lens,
             kv=self._kv,
         )
-        meta = tuple(self._attention.plan(batch, group) for group in self.config.cache.groups)
-        state.num_computed[rows] += self._tensor(counts)
-        state.host_computed[plan.rows] += counts
-        return replace(batch, meta=meta), starts
-
-    def _tensor(self, array: Int32s) -> Tensor:
-        return torch.from_numpy(array.astype(np.int64)).to(self._device, non_blocking=True)
+        state.num_computed[rows] = seq_lens.long()
+        return batch.with_meta(tuple(self._attention.plan(batch, group) for group in self.config.cache.groups))
 
     @torch.inference_mode()
     def sample(self, forward: Forward) -> Step:
         """Samples the rows that reached their end, verifies drafts, and leaves the last tokens in the row state."""
-        plan, batch = forward.plan, forward.batch
-        if not plan.num_sampled:
-            nothing = torch.zeros(0, 1, dtype=torch.int64)
-            return Step(nothing, nothing[:, 0], Samples(nothing[:, 0]), [], self._prompt_logprobs(forward))
-        num_plain, num_drafted = plan.num_decode, plan.num_drafted
+        plan, layout = forward.plan, forward.layout
         rows = plan.rows[: plan.num_sampled]
-        repeats = np.ones(plan.num_sampled, np.int32)
-        repeats[num_plain : num_plain + num_drafted] = plan.counts[:num_drafted]
-        positions = batch.positions[batch.logits_at] + 1
-        logits = self._model.logits(forward.hidden[batch.logits_at])
-        samples = self._sampler(logits, np.repeat(rows, repeats), positions)
+        repeats = np.ones(len(rows), np.int32) if layout is None else layout.repeats
+        samples = self._sampler(forward.logits, np.repeat(rows, repeats), forward.positions)
         first = np.cumsum(repeats) - repeats
-        if num_drafted:
-            tokens, counts, last = self._verify(samples.tokens, repeats, first, plan, forward.starts)
-        else:
-            tokens, last = samples.tokens[:, None], samples.tokens
-            counts = torch.ones(plan.num_sampled, dtype=torch.int64)
-        self._rows.last_token[self._tensor(rows)] = last
+        tokens, last = samples.tokens[:, None], samples.tokens
+        counts = torch.ones(len(rows), dtype=torch.int64)
+        if layout is not None and plan.num_drafted:
+            tokens, counts, last = self._verify(samples.tokens, first, plan, layout)
+        self._rows.last_token[self._upload(rows.astype(np.int64))[0]] = last
         self._sampler.observe(rows, last)
-        return Step(tokens, counts, samples, first.tolist(), self._prompt_logprobs(forward))
+        download = Download([tokens, counts, *samples.gathered])
+        return Step(download, samples, first.tolist(), self._prompt_logprobs(forward))
 
-    def _verify(
-        self, sampled: Tensor, repeats: Int32s, first: Int32s, plan: Plan, starts: Int32s
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def _verify(self, sampled: Tensor, first: Int32s, plan: Plan, layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
         """Per sampled row its tokens [S, K+1], how many of them count [S], and the last one [S]."""
+        repeats = layout.repeats
         width = int(repeats.max())
-        at = np.minimum(first[:, None] + np.arange(width), first[:, None] + repeats[:, None] - 1)
-        tokens = sampled[self._tensor(at)]
         begin, end = plan.num_decode, plan.num_decode + plan.num_drafted
         sizes = repeats[begin:end]
-        drafts = np.zeros((len(sizes), width - 1), np.int32)
+        drafts = np.zeros((len(sizes), width - 1), np.int64)
         drafts[np.arange(width - 1) < (sizes - 1)[:, None]] = plan.tokens[: int((sizes - 1).sum())]
-        kept, last_of_drafted = self._kernels.verify(tokens[begin:end], self._tensor(drafts), self._tensor(sizes))
+        at = np.minimum(first[:, None] + np.arange(width), (first + repeats - 1)[:, None])
+        where, proposed, counted, rows, starts = self._upload(
+            at.astype(np.int64),
+            drafts,
+            sizes.astype(np.int64),
+            plan.rows[begin:end].astype(np.int64),
+            layout.starts[begin:end].astype(np.int64),
+        )
+        tokens = sampled[where]
+        kept, last_of_drafted = self._kernels.verify(tokens[begin:end], proposed, counted)
         counts = torch.ones(len(repeats), dtype=torch.int64, device=self._device)
         counts[begin:end] = kept
         last = tokens[:, 0].clone()
         last[begin:end] = last_of_drafted
-        drafted = self._tensor(plan.rows[begin:end])
-        self._rows.num_computed[drafted] = self._tensor(starts[begin:end]) + kept
+        self._rows.num_computed[rows] = starts + kept
         return tokens, counts, last
 
     def _prompt_logprobs(self, forward: Forward) -> dict[int, tuple[int, list[TokenLogprobs]]]:
-        plan, batch = forward.plan, forward.batch
+        plan, layout, hidden = forward.plan, forward.layout, forward.hidden
         found: dict[int, tuple[int, list[TokenLogprobs]]] = {}
-        if not self._prompts:
+        if not self._prompts or layout is None or hidden is None:
             return found
         for i in range(plan.num_decode + plan.num_drafted, len(plan.rows)):
-            start = int(forward.starts[i])
+            start, begin = int(layout.starts[i]), int(layout.q_start[i])
             k, prompt = self._prompts.get(int(plan.rows[i]), (0, []))
-            targets = prompt[start + 1 : start + 1 + int(batch.q_lens[i])]
-            begin = int(batch.q_lens[:i].sum())
+            targets = prompt[start + 1 : start + 1 + int(layout.counts[i])]
             entries: list[TokenLogprobs] = []
-            for j in range(0, len(targets), 128):
-                chunk = targets[j : j + 128]
-                logits = self._model.logits(forward.hidden[begin + j : begin + j + len(chunk)])
+            for j in range(0, len(targets), PROMPT_SLICE):
+                chunk = targets[j : j + PROMPT_SLICE]
+                logits = self._model.logits(hidden[begin + j : begin + j + len(chunk)])
                 entries += prompt_logprobs(logits, torch.tensor(chunk, device=self._device), k)
             if entries:
                 found[i] = (start + 1, entries)
@@ -232,12 +258,3 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
         return torch.zeros(shape, dtype=dtype, device=device)
     memory = np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)
     return torch.from_numpy(memory).view(dtype).view(shape)
-
-
-def _logits_at(plan: Plan, counts: Int32s) -> Int32s:
-    """Which tokens are projected: the only one of decode rows, all of drafted rows, the last of closing ones."""
-    ends = np.cumsum(counts)
-    first = plan.num_decode + plan.num_drafted
-    drafted = np.arange(plan.num_decode, plan.num_decode + int(plan.counts[: plan.num_drafted].sum()))
-    closing = ends[first : plan.num_sampled] - 1
-    return np.concatenate((np.arange(plan.num_decode), drafted, closing)).astype(np.int32)

@@ -30,7 +30,7 @@ class Case:
     expected: Tensor
 
     def run(self, batch: Batch | None = None) -> Tensor:
-        backend = load_backend(load("cpu"), [self.spec])
+        backend = load_backend(load("cpu"), (self.spec,))
         meta = backend.plan(batch or self.batch, self.group)
         return backend.run(self.q, self.batch.kv[0], meta, self.spec)
 
@@ -171,4 +171,4 @@ def test_gathers_no_more_than_the_window() -> None:
 
 def test_heads_that_do_not_divide_are_refused() -> None:
     with pytest.raises(UnsupportedModel, match="5 query heads"):
-        load_backend(load("cpu"), [AttnSpec(5, 2, DIM, 1.0, None, BLOCK)])
+        load_backend(load("cpu"), (AttnSpec(5, 2, DIM, 1.0, None, BLOCK),))

@@ -1,0 +1,169 @@
+"""Steps of one token a row over fixed buffers, captured as CUDA graphs.
+
+A replay copies nothing: the graph begins with `prepare_decode`, which reads the rows' state and fills the buffers that
+the layers read. What varies between replays (rows, lengths, block tables) lies in device memory; what shapes the launch
+(number of rows, upper bound of lengths) is rounded up, and a graph is kept for each pair. Rows beyond the step's are
+the padding row. A pair's first steps run eagerly; capturing waits until the pair proves common, so it delays no first
+token. Owns the buffers and graphs, not the row state or the KV cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from octavo.attention import AttentionBackend, Batch, KVCache
+from octavo.config.kv import KVGroup
+from octavo.core.plan import Int32s
+from octavo.kernels import Kernels
+from octavo.worker.rows import RowState
+from octavo.worker.staging import Uploader
+
+EAGER_STEPS = 2
+"""Steps of a pair that run before it is captured; they also compile its kernels."""
+MIN_LENGTH_CLASS = 512
+
+
+class ForwardModel(Protocol):
+    def __call__(self, batch: Batch) -> Tensor: ...
+    def logits(self, hidden: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """[B, hidden] is not kept: logits [B, vocab] and positions [B] of the tokens to be sampled, rows [B] on the device.
+
+    All are overwritten by the next decode step.
+    """
+
+    logits: Tensor
+    positions: Tensor
+    rows: Tensor
+
+
+def size_class(rows: int) -> int:
+    """Rows that a step is padded to: 1, 2, 4, 8, then steps that grow with the size."""
+    if rows <= 8:
+        return 1 << (rows - 1).bit_length()
+    step = 16 if rows <= 128 else 32 if rows <= 512 else 64
+    return -(-rows // step) * step
+
+
+def length_class(length: int) -> int:
+    return max(MIN_LENGTH_CLASS, 1 << (length - 1).bit_length())
+
+
+class DecodeSteps:
+    """Runs steps of up to `max_rows` rows. `graphs` False runs them all eagerly, over the same buffers."""
+
+    def __init__(
+        self,
+        model: ForwardModel,
+        attention: AttentionBackend,
+        kernels: Kernels,
+        groups: tuple[KVGroup, ...],
+        block_size: int,
+        state: RowState,
+        kv: tuple[KVCache, ...],
+        upload: Uploader,
+        *,
+        graphs: bool = True,
+    ) -> None:
+        self._model, self._attention, self._kernels = model, attention, kernels
+        self._groups, self._block_size, self._state, self._kv = groups, block_size, state, kv
+        self._upload = upload
+        device = state.last_token.device
+        self._padding = state.last_token.shape[0] - 1
+        most = size_class(self._padding)
+        self._rows = torch.full((most,), self._padding, dtype=torch.int64, device=device)
+        self._tokens = torch.zeros(most, dtype=torch.int64, device=device)
+        self._positions = torch.zeros(most, dtype=torch.int64, device=device)
+        self._next = torch.zeros(most, dtype=torch.int64, device=device)
+        self._seq_lens = torch.zeros(most, dtype=torch.int32, device=device)
+        self._slots = torch.zeros(len(groups), most, dtype=torch.int64, device=device)
+        self._index = torch.arange(most + 1, dtype=torch.int64, device=device)
+        self._starts = torch.arange(most + 1, dtype=torch.int32, device=device)
+        self._current = np.zeros(0, np.int64)
+        self._use_graphs = graphs and device.type == "cuda"
+        self._seen: dict[tuple[int, int], int] = {}
+        self._replays: dict[tuple[int, int], tuple[Callable[[], None], Tensor]] = {}
+        self._pool = torch.cuda.graph_pool_handle() if self._use_graphs else None
+
+    def run(self, rows: Int32s, max_kv: int) -> Decoded:
+        """Computes the next token's logits of `rows` [B]; `max_kv` bounds their lengths after this step."""
+        size = size_class(len(rows))
+        key = (size, length_class(max_kv))
+        self._set_rows(rows, size)
+        if key in self._replays:
+            replay, logits = self._replays[key]
+            replay()
+        else:
+            seen = self._seen[key] = self._seen.get(key, 0) + 1
+            if self._use_graphs and seen > EAGER_STEPS:
+                replay, logits = self._replays[key] = self._capture(*key)
+                replay()
+            else:
+                logits = self._step(*key)
+        count = len(rows)
+        return Decoded(logits[:count], self._next[:count], self._rows[:count])
+
+    def _set_rows(self, rows: Int32s, size: int) -> None:
+        """Puts `rows` into the buffer, padded to `size`; nothing to do while they stay the same."""
+        padded = np.full(size, self._padding, np.int64)
+        padded[: len(rows)] = rows
+        if not np.array_equal(padded, self._current):
+            self._rows[:size].copy_(self._upload(padded)[0])
+            self._current = padded
+
+    def _step(self, size: int, max_kv: int) -> Tensor:
+        state, rows = self._state, self._rows[:size]
+        slots = self._slots[:, :size]
+        self._kernels.prepare_decode(
+            rows,
+            state.last_token,
+            state.num_computed,
+            state.tables,
+            self._block_size,
+            tokens=self._tokens[:size],
+            positions=self._positions[:size],
+            seq_lens=self._seq_lens[:size],
+            slots=slots,
+        )
+        torch.add(self._positions[:size], 1, out=self._next[:size])
+        batch = Batch(
+            tokens=self._tokens[:size],
+            positions=self._positions[:size],
+            row_of=self._index[:size],
+            q_start=self._starts[: size + 1],
+            seq_lens=self._seq_lens[:size],
+            slots=tuple(slots),
+            tables=(),
+            logits_at=self._index[:size],
+            num_decode=size,
+            max_q=1,
+            max_kv=max_kv,
+            q_lens=np.ones(size, np.int32),
+            kv_lens=np.full(size, max_kv, np.int32),
+            kv=self._kv,
+            rows=rows,
+            row_tables=tuple(state.tables),
+        )
+        meta = tuple(self._attention.plan(batch, group) for group in self._groups)
+        return self._model.logits(self._model(batch.with_meta(meta)))
+
+    def _capture(self, size: int, max_kv: int) -> tuple[Callable[[], None], Tensor]:
+        graph = torch.cuda.CUDAGraph()
+        current = torch.cuda.current_stream()
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        stream.wait_stream(current)
+        with torch.cuda.stream(stream):
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            logits = self._step(size, max_kv)
+            graph.capture_end()
+        current.wait_stream(stream)
+        return graph.replay, logits

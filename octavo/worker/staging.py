@@ -1,0 +1,76 @@
+"""Host memory on its way to the device and back, without waiting.
+
+Owns pinned buffers and the events that say when they are free. On a CPU it is nothing but views.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+DEPTH = 4
+"""Uploads that may be on their way at once; the engine runs at most one step ahead."""
+_ALIGN = 16
+_DTYPES = {np.dtype(np.int64): torch.int64, np.dtype(np.int32): torch.int32}
+
+
+class Uploader:
+    """Copies arrays to the device: all arrays of a call in one transfer from pinned memory."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._buffers: list[Tensor] = [torch.empty(0, dtype=torch.uint8)] * DEPTH
+        self._free: list[Any] = [None] * DEPTH
+        self._turn = 0
+
+    def __call__(self, *arrays: NDArray[Any]) -> list[Tensor]:
+        """Device tensors of the same dtypes (int32, int64) and shapes."""
+        if self._device.type == "cpu":
+            return [torch.from_numpy(array) for array in arrays]
+        starts = np.cumsum([0, *(-(-array.nbytes // _ALIGN) * _ALIGN for array in arrays)])
+        pinned = self._pinned(int(starts[-1]))
+        host = pinned.numpy()
+        for array, start in zip(arrays, starts, strict=False):
+            host[start : start + array.nbytes] = np.ascontiguousarray(array).view(np.uint8).reshape(-1)
+        device = pinned.to(self._device, non_blocking=True)
+        self._free[self._turn].record()
+        return [
+            device[start : start + array.nbytes].view(_DTYPES[array.dtype]).view(array.shape)
+            for array, start in zip(arrays, starts, strict=False)
+        ]
+
+    def _pinned(self, size: int) -> Tensor:
+        """A buffer that no transfer reads any more."""
+        self._turn = turn = (self._turn + 1) % DEPTH
+        if self._free[turn] is None:
+            self._free[turn] = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        else:
+            self._free[turn].synchronize()
+        if self._buffers[turn].numel() < size:
+            self._buffers[turn] = torch.empty(max(2 * size, 1 << 16), dtype=torch.uint8, pin_memory=True)
+        return self._buffers[turn][:size]
+
+
+class Download:
+    """Tensors on their way to the host; `wait` returns them there."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._event: Any = None
+        if not tensors or tensors[0].device.type == "cpu":
+            self._host = list(tensors)
+            return
+        self._host = [torch.empty(t.shape, dtype=t.dtype, pin_memory=True) for t in tensors]
+        for host, tensor in zip(self._host, tensors, strict=True):
+            host.copy_(tensor, non_blocking=True)
+        self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self._event.record()
+
+    def wait(self) -> list[Tensor]:
+        if self._event is not None:
+            self._event.synchronize()
+        return self._host
