@@ -48,6 +48,18 @@ class Kernels(Protocol):
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """x [T, in], weight [out, in], bias [out] -> [T, out]."""
 
+    def norm_linear(
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        norm_weight: Tensor,
+        eps: float,
+        weight: Tensor,
+        bias: Tensor | None,
+        gated: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """s = x + residual (or x); returns (linear(rms_norm(s)), s). `gated`: then silu_mul, [T, out / 2]."""
+
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """x / sqrt(mean(x^2) + eps) * weight over the last dimension (arXiv:1910.07467)."""
 
@@ -117,6 +129,10 @@ def load(device_kind: str) -> Kernels:
     """The kernel backend for "cpu" or "cuda"; ConfigError for anything else."""
     if device_kind not in ("cpu", "cuda"):
         raise ConfigError(f"no kernels for device {device_kind!r}; use cpu or cuda")
+    if device_kind == "cuda":
+        from octavo.kernels import cuda
+
+        return cuda
     from octavo.kernels import reference
 
     return reference

@@ -17,6 +17,7 @@ __all__ = [
     "apply_penalties",
     "embedding",
     "linear",
+    "norm_linear",
     "prepare_decode",
     "rms_norm",
     "rope_norm_write_kv",
@@ -35,6 +36,20 @@ def embedding(tokens: Tensor, table: Tensor) -> Tensor:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.linear(x, weight, bias)
+
+
+def norm_linear(
+    x: Tensor,
+    residual: Tensor | None,
+    norm_weight: Tensor,
+    eps: float,
+    weight: Tensor,
+    bias: Tensor | None,
+    gated: bool = False,
+) -> tuple[Tensor, Tensor]:
+    h, stream = (rms_norm(x, norm_weight, eps), x) if residual is None else add_rms_norm(x, residual, norm_weight, eps)
+    y = linear(h, weight, bias)
+    return silu_mul(y) if gated else y, stream
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

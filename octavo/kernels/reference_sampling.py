@@ -105,7 +105,7 @@ def sample(
 ) -> Tensor:
     """One token id per row, int64 [S]; `logits` is left as it is.
 
-    logits: [S, V] float32 or float64, the arithmetic is done in its dtype; temperature, top_p, min_p: [S] float32;
+    logits: [S, V], the arithmetic is done in its dtype, half types in float32; temperature, top_p, min_p: [S] float32;
     top_k: [S] int32, below 1 or at least V for off; seed, position: [S] int64 (`random_bits`).
 
     Temperature 0 takes the highest logit, the lowest id among equals. Otherwise z = (logits - max) / temperature, and
@@ -117,6 +117,8 @@ def sample(
     Equals are kept or dropped together, so nothing depends on the order of a sort; the most likely token always stays.
     A row with NaN, or with every logit -inf, gives some id in range.
     """
+    if logits.dtype in (torch.bfloat16, torch.float16):
+        logits = logits.float()
     best, tokens = logits.max(-1)
     drawn = temperature > 0
     if not bool(drawn.any()):

@@ -8,12 +8,12 @@ from octavo.attention import Batch, HeadNorms, Rotation
 from octavo.core.facts import ModelFacts
 from octavo.layers.build import Build
 from octavo.layers.linear import Linear
-from octavo.layers.norm import RMSNorm
+from octavo.layers.norm import AddNorm, RMSNorm
 from octavo.parallel import Heads, Row
 
 
 class Attention:
-    """Grouped-query attention (arXiv:2305.13245) of one layer: [T, hidden] -> partial sums [T, hidden].
+    """Grouped-query attention (arXiv:2305.13245) of one layer, of the normalised stream: partial sums [T, hidden].
 
     With `facts.qk_norm` every query and key head is normalised before it is rotated.
     """
@@ -29,7 +29,11 @@ class Attention:
         self._backend, self._spec = build.attention, build.specs[layer]
         self._layer, self._group = layer, build.group_of(layer)
 
-    def __call__(self, x: Tensor, batch: Batch, rotation: Rotation) -> Tensor:
+    def __call__(
+        self, norm: AddNorm, partial: Tensor, stream: Tensor | None, batch: Batch, rotation: Rotation
+    ) -> tuple[Tensor, Tensor]:
+        """(partial sums, stream): the stream takes up `partial`, or starts with it, and is normalised first."""
         cache, meta = batch.kv[self._layer], batch.meta[self._group]
-        q = self._backend.write(self.qkv(x), cache, meta, self._spec, rotation, self._norms)
-        return self.out(self._backend.run(q, cache, meta, self._spec))
+        qkv, stream = norm.into(self.qkv, partial, stream)
+        q = self._backend.write(qkv, cache, meta, self._spec, rotation, self._norms)
+        return self.out(self._backend.run(q, cache, meta, self._spec)), stream

@@ -15,9 +15,9 @@ from octavo.config.kv import KVGroup
 from octavo.core.errors import UnsupportedModel
 from octavo.kernels import Kernels
 from octavo.parallel import Comm, Single
-from octavo.quant import Dense, Scheme
+from octavo.quant import Blocks, Dense, Scheme
 
-Load = Callable[[Tensor], None]
+Load = Callable[[Tensor | Blocks], None]
 """Copies one checkpoint tensor into a layer; UnsupportedModel where its shape is not the layer's."""
 
 
@@ -70,13 +70,15 @@ class OneTensor:
         """Nothing to repack."""
 
 
-def copy_exact(into: Tensor, tensor: Tensor) -> None:
-    """Copies with dtype conversion; UnsupportedModel unless the shapes are equal."""
+def copy_exact(into: Tensor, tensor: Tensor | Blocks) -> None:
+    """Copies with dtype conversion; UnsupportedModel unless the shapes are equal and the tensor is of floats."""
+    if isinstance(tensor, Blocks):
+        raise UnsupportedModel(f"quantized to {tensor.type}, but only matrices may be")
     check_shape(tensor, tuple(into.shape))
     into.copy_(tensor)
 
 
-def check_shape(tensor: Tensor, expected: tuple[int, ...]) -> None:
+def check_shape(tensor: Tensor | Blocks, expected: tuple[int, ...]) -> None:
     if tuple(tensor.shape) != expected:
         raise UnsupportedModel(
             f"weight of shape {list(tensor.shape)} where the model's configuration needs {list(expected)};"

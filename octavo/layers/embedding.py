@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from octavo.layers.build import Build, OneTensor
+from octavo.layers.build import Build
+from octavo.layers.linear import Linear
+from octavo.parallel import Replicated
 
 
-class Embedding(OneTensor):
-    """tokens [T] int64 -> [T, hidden]. Every rank holds the whole table."""
+class Embedding(Linear):
+    """tokens [T] int64 -> [T, hidden]. Every rank holds the whole table, in the number format of matrices."""
 
     def __init__(self, vocab_size: int, hidden: int, build: Build) -> None:
-        super().__init__(build.empty(vocab_size, hidden))
-        self._kernels = build.kernels
+        super().__init__(hidden, Replicated({"": vocab_size}), build)
 
     def __call__(self, tokens: Tensor) -> Tensor:
-        return self._kernels.embedding(tokens, self.weight)
+        return self.gather(tokens)
 
     def project(self, hidden: Tensor) -> Tensor:
         """hidden [S, hidden] -> scores [S, vocab] of the tied head."""
-        return self._kernels.linear(hidden, self.weight, None)
+        return super().__call__(hidden)

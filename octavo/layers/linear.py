@@ -7,8 +7,9 @@ from functools import partial
 
 from torch import Tensor
 
-from octavo.layers.build import Build, Load, check_shape
+from octavo.layers.build import Build, Load, check_shape, copy_exact
 from octavo.parallel import Layout, Slice
+from octavo.quant import Blocks
 
 
 class Linear:
@@ -35,6 +36,16 @@ class Linear:
     def __call__(self, x: Tensor) -> Tensor:
         return self._scheme.apply(self._kernels, x, self._params, self._bias)
 
+    def after_norm(
+        self, x: Tensor, residual: Tensor | None, norm: tuple[Tensor, float], *, gated: bool
+    ) -> tuple[Tensor, Tensor]:
+        """(self(rms_norm(s)), s) of s = x + residual (or x), norm = (weight, eps); gated: SwiGLU of the two parts."""
+        return self._scheme.apply_after_norm(self._kernels, x, residual, norm, self._params, self._bias, gated)
+
+    def gather(self, index: Tensor) -> Tensor:
+        """Rows index [T] int64 of the matrix, as an embedding has it: [T, in here]."""
+        return self._scheme.gather(self._kernels, index, self._params)
+
     def slots(self) -> Mapping[tuple[str, str], Load]:
         slots: dict[tuple[str, str], Load] = {}
         for part in self._reads:
@@ -55,14 +66,15 @@ class Linear:
         offset = self._offsets[part]
         return Slice((offset, offset + last - first), (0, stop - start))
 
-    def _load(self, part: str, key: str, tensor: Tensor) -> None:
+    def _load(self, part: str, key: str, tensor: Tensor | Blocks) -> None:
         granularity = self._scheme.granularity[key]
         out, in_ = self._shapes[part]
         check_shape(tensor, (out // granularity[0], in_ // granularity[1]))
         cut = tensor[self._reads[part].index(granularity)]
         self._scheme.load(self._params, key, self._slot(part).index(granularity), cut)
 
-    def _load_bias(self, part: str, tensor: Tensor) -> None:
+    def _load_bias(self, part: str, tensor: Tensor | Blocks) -> None:
         assert self._bias is not None
         check_shape(tensor, self._shapes[part][:1])
-        self._bias[slice(*self._slot(part).out)].copy_(tensor[slice(*self._reads[part].out)])
+        cut = tensor if isinstance(tensor, Blocks) else tensor[slice(*self._reads[part].out)]
+        copy_exact(self._bias[slice(*self._slot(part).out)], cut)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from octavo.layers.build import Build, OneTensor
+from octavo.layers.linear import Linear
 
 
 class RMSNorm(OneTensor):
@@ -24,3 +25,10 @@ class AddNorm(RMSNorm):
     def add(self, partial: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         """partial, residual [T, size] -> (normalised stream, stream)."""
         return self._kernels.add_rms_norm(self._comm.all_reduce(partial), residual, self.weight, self.eps)
+
+    def into(
+        self, linear: Linear, partial: Tensor, residual: Tensor | None, *, gated: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """(linear(normalised stream), stream); without a residual `partial` is the stream. gated: then SwiGLU."""
+        x = partial if residual is None else self._comm.all_reduce(partial)
+        return linear.after_norm(x, residual, (self.weight, self.eps), gated=gated)

@@ -19,6 +19,7 @@ from octavo.core.errors import UnsupportedModel
 from octavo.core.facts import ModelFacts
 from octavo.kernels import Kernels
 from octavo.layers import Build
+from octavo.quant import Blocks, Dense, Scheme
 
 _FAMILIES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
 """Module of this package -> its class."""
@@ -31,9 +32,9 @@ class Model(Protocol):
         """Hidden states [T, hidden] after the last norm; writes the KV of the batch's tokens."""
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """hidden [S, hidden] -> [S, vocab], float32 (float64 in a float64 model)."""
+        """hidden [S, hidden] -> [S, vocab], in the model's dtype."""
 
-    def load_weight(self, name: str, tensor: Tensor) -> None:
+    def load_weight(self, name: str, tensor: Tensor | Blocks) -> None:
         """Copies a tensor, named as in Hugging Face checkpoints, to its place; UnsupportedModel if it has none."""
 
     def finish_loading(self) -> None:
@@ -52,11 +53,15 @@ def build_model(
     attention: AttentionBackend,
     groups: tuple[KVGroup, ...],
     block_size: int,
+    scheme: Scheme | None = None,
 ) -> Model:
-    """The model of `facts.architecture` with uninitialised weights; UnsupportedModel for an unknown family."""
+    """The model of `facts.architecture` with uninitialised weights; UnsupportedModel for an unknown family.
+
+    `scheme` is the number format of its matrices, by default `dtype` itself.
+    """
     if facts.architecture not in _FAMILIES:
         known = ", ".join(_FAMILIES)
         raise UnsupportedModel(f"architecture {facts.architecture!r} is not implemented; known are {known}")
     family = getattr(import_module(f"octavo.models.{facts.architecture}"), _FAMILIES[facts.architecture])
     specs = attn_specs(facts, block_size)
-    return cast(Model, family(facts, Build(dtype, device, kernels, attention, specs, groups)))
+    return cast(Model, family(facts, Build(dtype, device, kernels, attention, specs, groups, scheme=scheme or Dense())))

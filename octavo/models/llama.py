@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from octavo.attention import Batch, Rotation
@@ -17,6 +16,7 @@ from octavo.core.facts import ModelFacts
 from octavo.layers import MLP, AddNorm, Attention, Build, Embedding, Linear, Rope
 from octavo.models.weight_map import Names, WeightMap
 from octavo.parallel import Replicated
+from octavo.quant import Blocks
 
 
 class Block:
@@ -29,9 +29,8 @@ class Block:
         self.mlp = MLP(facts, build)
 
     def __call__(self, x: Tensor, stream: Tensor | None, batch: Batch, rotation: Rotation) -> tuple[Tensor, Tensor]:
-        x, stream = (self.attn_norm(x), x) if stream is None else self.attn_norm.add(x, stream)
-        x, stream = self.mlp_norm.add(self.attn(x, batch, rotation), stream)
-        return self.mlp(x), stream
+        x, stream = self.attn(self.attn_norm, x, stream, batch, rotation)
+        return self.mlp(self.mlp_norm, x, stream)
 
 
 class Llama:
@@ -64,7 +63,6 @@ class Llama:
         self.head: Linear | None = None
         if not facts.tie_embeddings:
             self.head = Linear(facts.hidden_size, Replicated({"head": facts.vocab_size}), build)
-        self._logits_dtype = torch.float64 if build.dtype == torch.float64 else torch.float32
         self._weights = self._bind()
 
     def __call__(self, batch: Batch) -> Tensor:
@@ -77,12 +75,11 @@ class Llama:
         return self.norm.add(x, stream)[0]
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """hidden [S, hidden] -> [S, vocab], float32 (float64 in a float64 model)."""
-        scores = self.embed.project(hidden) if self.head is None else self.head(hidden)
-        return scores.to(self._logits_dtype)
+        """hidden [S, hidden] -> [S, vocab], in the model's dtype."""
+        return self.embed.project(hidden) if self.head is None else self.head(hidden)
 
-    def load_weight(self, name: str, tensor: Tensor) -> None:
-        """Copies a checkpoint's tensor, which may have any float dtype, to its place. UnsupportedModel if unknown."""
+    def load_weight(self, name: str, tensor: Tensor | Blocks) -> None:
+        """Copies a checkpoint's tensor, of any float dtype or in blocks of a kept format, to its place. UnsupportedModel if unknown."""
         if name.endswith(".rotary_emb.inv_freq") or (self.head is None and name == "lm_head.weight"):
             return  # computed from the config; the tied head is the embedding
         self._weights.load(name, tensor)

@@ -10,6 +10,7 @@ from torch import Tensor
 from octavo.core.errors import UnsupportedModel
 from octavo.layers import Layer
 from octavo.layers.build import Load
+from octavo.quant import Blocks
 
 Names = Mapping[str, tuple[str, str]]
 """Module name in the checkpoint -> (attribute path of the layer, part of it)."""
@@ -33,7 +34,7 @@ class WeightMap:
                     self._loads[f"{prefix}{name}.{key}"] = load
         self._missing = set(self._loads)
 
-    def load(self, name: str, tensor: Tensor) -> None:
+    def load(self, name: str, tensor: Tensor | Blocks) -> None:
         load = self._loads.get(name)
         if load is None:
             raise UnsupportedModel(f"the model has no place for weight {name!r}; is config.json of another model?")

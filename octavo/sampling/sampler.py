@@ -19,6 +19,7 @@ from octavo.kernels import Kernels, reference
 from octavo.sampling.rows import Array, Rows, upload
 from octavo.sampling.transforms import standard_transforms
 
+HALF_TYPES = (torch.bfloat16, torch.float16)
 _SLICE = 1 << 23
 """Logits looked at together by `prompt_logprobs`."""
 
@@ -95,13 +96,15 @@ class Sampler:
     def __call__(self, logits: Tensor, rows: Rows, positions: Tensor) -> Samples:
         """Samples one token for each line of `logits`, which the transforms may overwrite.
 
-        logits: [S, V] float32 or float64 on the device; rows: [S] on the host; positions: [S] int64 on the
-        device, the index that the token will have in its sequence, prompt included. A row may come several times, at
-        increasing positions (verification of drafts), unless its params.uses_history.
+        logits: [S, V] of any float type on the device (half types are widened where they are changed); rows: [S] on the
+        host; positions: [S] int64 on the device, the index that the token will have in its sequence, prompt included. A
+        row may come several times, at increasing positions (verification of drafts), unless its params.uses_history.
         """
         lines = np.nonzero(self._logprobs[rows] >= 0)[0]
         at = upload(lines, self._device)
         active = [transform for transform in self._transforms if len(transform)]
+        if (active or len(lines)) and logits.dtype in HALF_TYPES:
+            logits = logits.float()
         raw = logits[at] if len(lines) else None
         for transform in active:
             transform.apply(logits, rows, positions)
@@ -141,7 +144,8 @@ def prompt_logprobs(logits: Tensor, targets: Tensor, k: int, kernels: Kernels = 
     found: list[TokenLogprobs] = []
     for start in range(0, len(targets), step):
         part = slice(start, start + step)
-        gathered = kernels.top_logprobs(logits[part], targets[part], k)
+        wide = logits[part].float() if logits.dtype in HALF_TYPES else logits[part]
+        gathered = kernels.top_logprobs(wide, targets[part], k)
         found += _to_host(gathered, (k for _ in range(len(gathered[2]))))
     return found
 

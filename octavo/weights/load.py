@@ -21,6 +21,7 @@ from octavo.core.errors import ConfigError, UnsupportedModel
 from octavo.core.facts import ModelFacts
 from octavo.formats.gguf import GGUFFile
 from octavo.formats.safetensors import SafetensorsIndex
+from octavo.quant import Blocks
 from octavo.weights.gguf_names import hf_name
 from octavo.weights.gguf_types import dequantize
 
@@ -36,17 +37,24 @@ _FLOATS = ("F64", "F32", "F16", "BF16")
 class Model(Protocol):
     """What loading needs of a model."""
 
-    def load_weight(self, name: str, tensor: Tensor) -> None: ...
+    def load_weight(self, name: str, tensor: Tensor | Blocks) -> None: ...
     def finish_loading(self) -> None: ...
     def tensors(self) -> Iterator[tuple[str, Tensor]]: ...
 
 
 def load_weights(
-    model: Model, facts: ModelFacts, *, load_format: LoadFormat, seed: int, progress: Progress | None = None
+    model: Model,
+    facts: ModelFacts,
+    *,
+    load_format: LoadFormat,
+    seed: int,
+    progress: Progress | None = None,
+    keep: frozenset[str] = frozenset(),
 ) -> None:
     """Fills `model` from the files that `facts` names, or with random numbers for "dummy".
 
-    `progress` is told after each tensor. Raises ConfigError when the files are not of `load_format` or not there, and
+    `progress` is told after each tensor. GGUF matrices in the number formats `keep` come to the model as Blocks, others
+    as floats. Raises ConfigError when the files are not of `load_format` or not there, and
     UnsupportedModel for number formats or names that the model does not know.
     """
     if load_format == "dummy":
@@ -58,15 +66,15 @@ def load_weights(
         )
     if load_format not in ("auto", facts.files):
         raise ConfigError(f"load_format is {load_format}, but {facts.path} holds {facts.files}: use auto")
-    stream = _gguf if facts.files == "gguf" else _safetensors
-    for done, total, name, tensor in stream(facts):
+    stream = _gguf(facts, keep) if facts.files == "gguf" else _safetensors(facts)
+    for done, total, name, tensor in stream:
         model.load_weight(name, tensor)
         if progress is not None:
             progress("tensors", done, total)
     model.finish_loading()
 
 
-Weights = Iterator[tuple[int, int, str, Tensor]]
+Weights = Iterator[tuple[int, int, str, Tensor | Blocks]]
 """(number of this tensor, from 1, number of all, name, the tensor on the CPU)."""
 
 
@@ -87,7 +95,7 @@ def _safetensors(facts: ModelFacts) -> Weights:
                 yield done, total, tensor.name, opened.get_tensor(tensor.name)
 
 
-def _gguf(facts: ModelFacts) -> Weights:
+def _gguf(facts: ModelFacts, keep: frozenset[str]) -> Weights:
     """In the order of the file."""
     gguf = GGUFFile(facts.path)
     reordered = gguf.metadata["general.architecture"] == "llama"
@@ -98,14 +106,18 @@ def _gguf(facts: ModelFacts) -> Weights:
             name = hf_name(entry.name)
             if name is None:
                 continue
+            kept = entry.type in keep
             try:
-                tensor = dequantize(gguf.data(entry), entry.type, entry.shape, pool)
+                if kept:
+                    tensor = torch.frombuffer(bytearray(gguf.data(entry)), dtype=torch.uint8).view(entry.shape[0], -1)
+                else:
+                    tensor = dequantize(gguf.data(entry), entry.type, entry.shape, pool)
             except UnsupportedModel as error:
                 raise UnsupportedModel(f"{gguf.path}: tensor {entry.name}: {error}") from None
             module = name.split(".")[-2]
             if reordered and module in heads:
                 tensor = restore_rope_order(tensor, heads[module])
-            yield done, len(tensors), name, tensor
+            yield done, len(tensors), name, Blocks(entry.type, tensor) if kept else tensor
 
 
 def restore_rope_order(tensor: Tensor, heads: int) -> Tensor:

@@ -141,7 +141,7 @@ def check_top_logprobs(kernels: ModuleType, draw: Draw, rows: int, vocab: int, k
     with poisoned():
         ids, logprobs, ranks = kernels.top_logprobs(logits, chosen, k)
     plain = exact(logits)
-    order = plain.sort(-1, descending=True, stable=True).indices[:, :k]
+    order = plain.sort(dim=-1, descending=True, stable=True).indices[:, :k]
     expected_ids = torch.cat((chosen.cpu()[:, None], order), 1)
     assert torch.equal(ids.cpu(), expected_ids)
     expected = plain.log_softmax(-1).gather(1, expected_ids)

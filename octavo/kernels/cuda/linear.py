@@ -1,0 +1,159 @@
+"""Matrix products for the engine's shapes: own kernels for few rows, cuBLAS for many; norm and SwiGLU fused where free.
+
+`linear` overrides the reference's; `norm_linear` is a product behind the residual stream's RMSNorm. Owns no weights and
+picks launches by `linear_config`. Shapes, dtypes and devices that the kernels do not cover go to the plain composition.
+All work is on the current stream; the split products of two streams must not run at the same time (shared counters).
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+from octavo.kernels.cuda.activation import silu_mul
+from octavo.kernels.cuda.launch import INTERPRET, cdiv, pdl
+from octavo.kernels.cuda.linear_config import MATVEC_ROWS, Config, config
+from octavo.kernels.cuda.linear_matvec import matvec
+from octavo.kernels.cuda.linear_skinny import skinny
+from octavo.kernels.cuda.norm import add_rms_norm, rms_norm
+
+MAX_SPLIT_PROGRAMS = 4096
+"""Counters for products whose sums are split over programs."""
+
+
+class Norm(NamedTuple):
+    """What precedes a product: RMSNorm of x + residual (or of x) times weight [K]."""
+
+    residual: Tensor | None
+    weight: Tensor
+    eps: float
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x [T, in], weight [out, in], bias [out] -> [T, out]."""
+    chosen = _config(x, weight)
+    return F.linear(x, weight, bias) if chosen is None else product(x, weight, bias, chosen)[0]
+
+
+def norm_linear(
+    x: Tensor,
+    residual: Tensor | None,
+    norm_weight: Tensor,
+    eps: float,
+    weight: Tensor,
+    bias: Tensor | None,
+    gated: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """s = x + residual (or x); returns (y, s) with y = linear(rms_norm(s), weight, bias).
+
+    x, residual [T, in], weight [out, in], bias [out] -> y [T, out], s [T, in]. `gated`: weight stacks gate and up, and
+    y is silu_mul of the product, [T, out / 2]. Up to MATVEC_ROWS rows one kernel does it all; above, the normalised
+    stream is written once and the product with its SwiGLU is one kernel, or two where cuBLAS multiplies.
+    """
+    chosen = _config(x, weight)
+    if chosen is not None and chosen.rows <= MATVEC_ROWS:
+        return product(x, weight, bias, chosen, norm=Norm(residual, norm_weight, eps), gated=gated)
+    if residual is None:
+        h, stream = rms_norm(x, norm_weight, eps), x
+    else:
+        h, stream = add_rms_norm(x, residual, norm_weight, eps)
+    if chosen is not None:
+        return product(h, weight, bias, chosen, gated=gated)[0], stream
+    y = F.linear(h, weight, bias)
+    return silu_mul(y) if gated else y, stream
+
+
+def product(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    chosen: Config,
+    *,
+    norm: Norm | None = None,
+    gated: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """(y, stream) by the kernel of the given launch; only matvec takes a norm."""
+    assert not gated or chosen.block_n > 1
+    m, k = x.shape
+    n = weight.shape[0]
+    y = x.new_empty((m, n // 2 if gated else n))
+    programs, dependent = cdiv(n, chosen.block_n), pdl()
+    if chosen.rows <= MATVEC_ROWS:
+        residual = None if norm is None else norm.residual
+        stream = x if residual is None else torch.empty_like(x)
+        matvec[(programs,)](
+            x,
+            x if residual is None else residual,
+            x if norm is None else norm.weight,
+            weight,
+            weight if bias is None else bias,
+            y,
+            stream,
+            m,
+            n,
+            0.0 if norm is None else norm.eps,
+            k,
+            chosen.rows,
+            chosen.block_n,
+            chosen.block_k,
+            chosen.stages,
+            norm is not None,
+            residual is not None,
+            bias is not None,
+            gated,
+            dependent,
+            chosen.trigger,
+            num_warps=chosen.warps,
+            launch_pdl=dependent,
+        )
+        return y, stream
+    assert norm is None
+    parts = arrivals = y
+    if chosen.split > 1:
+        assert programs <= MAX_SPLIT_PROGRAMS
+        parts = x.new_empty((programs * chosen.split * chosen.block_n * chosen.rows,), dtype=torch.float32)
+        arrivals = _arrivals(x.device)
+    skinny[(programs, chosen.split)](
+        x,
+        weight,
+        weight if bias is None else bias,
+        y,
+        parts,
+        arrivals,
+        m,
+        n,
+        k,
+        chosen.rows,
+        chosen.block_n,
+        chosen.block_k,
+        chosen.stages,
+        chosen.split,
+        chosen.groups,
+        bias is not None,
+        gated,
+        dependent,
+        chosen.trigger,
+        num_warps=chosen.warps,
+        launch_pdl=dependent,
+    )
+    return y, x
+
+
+def _config(x: Tensor, weight: Tensor) -> Config | None:
+    """The launch for these operands; None where the kernels do not read their dtype or order."""
+    if x.dim() != 2 or not x.shape[0] or x.dtype not in (torch.bfloat16, torch.float16):
+        return None
+    if not (x.is_cuda or INTERPRET) or not (x.is_contiguous() and weight.is_contiguous()):
+        return None
+    return config(x.shape[0], *weight.shape)
+
+
+@cache
+def _arrivals(device: torch.device) -> Tensor:
+    """Arrival counters, zero between kernels. Not made while a graph is captured, which would zero them in replays."""
+    assert device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
+    return torch.zeros(MAX_SPLIT_PROGRAMS, dtype=torch.int32, device=device)

@@ -1,0 +1,216 @@
+"""The Triton attention kernels under Triton's interpreter, against float64; memory of no row is NaN."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from octavo.attention import AttnSpec, Batch, KVCache
+from octavo.config.kv import KVGroup
+from octavo.kernels import reference
+from tests.support.paged import Paged, expected, paged
+
+if torch.cuda.is_available():
+    pytest.skip("the kernels themselves run in tests/gpu", allow_module_level=True)
+os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
+pytest.importorskip("triton")
+
+from octavo.attention.cuda import CudaAttention
+from octavo.kernels.cuda import attention_dense
+from octavo.kernels.cuda.attention_decode import DecodeConfig, decode
+from octavo.kernels.cuda.attention_dense import DenseRows, gather, merge
+from octavo.kernels.cuda.attention_prefill import PrefillConfig, prefill, tiles
+
+TOLERANCE = {torch.float32: 2e-6, torch.float16: 4e-3}
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "splits", "fused", "window"),
+    [(4, 1, 1, False, None), (6, 2, 4, False, 21), (7, 1, 4, True, None), (2, 2, 4, True, 21), (4, 2, 3, False, None)],
+)
+def test_decode(heads: int, kv_heads: int, splits: int, fused: bool, window: int | None) -> None:
+    lens = [1, 0, 37, 150, 64]
+    cache = paged(lens, kv_heads, 16, dtype=torch.float32, seed=heads, window=window)
+    q = torch.randn(5, heads, 16)
+    out = torch.full_like(q, float("nan"))
+    arrivals = torch.zeros(16, dtype=torch.int32)
+    launch = DecodeConfig(32, 4, 2, splits, fused)
+    decode(
+        q, cache.k, cache.v, cache.table, cache.rows, cache.seq_lens, out, launch,
+        scale=0.3, window=window, arrivals=arrivals,
+    )  # fmt: skip
+    torch.testing.assert_close(out.double(), expected(q, cache, [1] * 5, 0.3), rtol=0, atol=2e-6)
+    assert not arrivals.any()
+
+
+@pytest.mark.parametrize("heads_first", [False, True])
+def test_decode_of_half_floats_strided_queries_and_plain_tables(heads_first: bool) -> None:
+    cache = paged([70, 5], 2, 16, dtype=torch.float16, heads_first=heads_first)
+    q = torch.randn(2, 9, 16).to(torch.float16)[:, :4]
+    out = torch.full((2, 4, 16), float("nan"), dtype=torch.float16)
+    table = cache.table[cache.rows]
+    decode(
+        q, cache.k, cache.v, table, None, cache.seq_lens, out, DecodeConfig(16, 4, 2, 4, False), scale=0.25
+    )  # fmt: skip
+    torch.testing.assert_close(out.double(), expected(q, cache, [1, 1], 0.25), rtol=0, atol=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "window", "dtype"),
+    [
+        (4, 1, None, torch.float32),
+        (6, 2, None, torch.float16),
+        (3, 3, 5, torch.float32),
+        (6, 2, 40, torch.float32),
+        (4, 1, 21, torch.float16),
+    ],
+)
+def test_prefill(heads: int, kv_heads: int, window: int | None, dtype: torch.dtype) -> None:
+    queries, cached = [1, 7, 25, 20], [20, 0, 25, 16]
+    lens = [q + c for q, c in zip(queries, cached, strict=True)]
+    cache = paged(lens, kv_heads, 16, dtype=dtype, window=window, queries=queries, seed=heads)
+    q = torch.randn(sum(queries), heads, 16).to(dtype)
+    out = torch.full_like(q, float("nan"))
+    rows = np.arange(1, 4)
+    launch = PrefillConfig(16, 16, 4, 2)
+    counts = np.array(queries, np.int32)
+    listed = tiles(rows, counts[1:], np.array(lens[1:], np.int32), 16 // (heads // kv_heads))
+    starts = torch.tensor(np.concatenate(([0], np.cumsum(counts))), dtype=torch.int32)
+    prefill(
+        q, cache.k, cache.v, cache.table, cache.rows, starts, cache.seq_lens, torch.from_numpy(listed), out, launch,
+        scale=0.3, window=window,
+    )  # fmt: skip
+    truth = expected(q, cache, queries, 0.3)
+    torch.testing.assert_close(out[1:].double(), truth[1:], rtol=0, atol=TOLERANCE[dtype])
+    assert out[0].isnan().all()
+
+
+def test_programs_cover_each_token_once_and_begin_with_the_longest_walk() -> None:
+    q_lens, kv_lens = np.array([5, 9], np.int32), np.array([105, 9], np.int32)
+    listed = tiles(np.array([2, 3]), q_lens, kv_lens, 4)
+    assert listed.tolist() == [[2, 4], [2, 0], [3, 8], [3, 4], [3, 0]]
+
+
+def test_gathered_rows_are_dense_and_end_in_zeros() -> None:
+    cache = paged([20, 7, 31], 3, 16, dtype=torch.float32)
+    k, v = gather(cache.k, cache.v, cache.table, cache.rows, cache.seq_lens, 1, 2, 40)
+    for piece, row in enumerate((1, 2)):
+        length = int(cache.seq_lens[row])
+        at = torch.arange(length)
+        block = cache.table[cache.rows[row]][at // 16].long()
+        assert torch.equal(k[piece, :length], cache.k[block, at % 16])
+        assert torch.equal(v[piece, :length], cache.v[block, at % 16])
+        assert not k[piece, length:].any()
+        assert not v[piece, length:].any()
+
+
+def test_merged_parts_equal_attention_over_their_union() -> None:
+    scores, values = torch.randn(3, 6, 10) * 3, torch.randn(10, 3, 16)
+    parts = []
+    for keys in (slice(0, 4), slice(4, 10)):
+        part = torch.einsum("hqn,nhd->qhd", scores[:, :, keys].softmax(-1), values[keys]).contiguous()
+        parts += [part, scores[:, :, keys].logsumexp(-1)]
+    out = torch.full((4, 3, 16), float("nan"))
+    merge(parts[0], parts[1], parts[2], parts[3], out, 2)
+    truth = torch.einsum("hqn,nhd->qhd", scores.softmax(-1), values)
+    torch.testing.assert_close(out, truth[2:], rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize(("cached", "q_len", "count"), [(0, 8, 2), (0, 11, 2), (5, 6, 1), (37, 11, 1), (32, 16, 1)])
+def test_dense_rows_are_padded_split_and_merged(
+    monkeypatch: pytest.MonkeyPatch, cached: int, q_len: int, count: int
+) -> None:
+    """cuDNN's part is taken by plain attention; what lies behind padded queries is NaN."""
+
+    def plain(
+        q: Tensor, k: Tensor, v: Tensor, scale: float, *, causal: bool, log_sum: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        assert q.shape[1] % 8 == 0
+        sharing = q.shape[2] // k.shape[2]
+        k, v = k.repeat_interleave(sharing, 2), v.repeat_interleave(sharing, 2)
+        scores = torch.einsum("bqhd,bnhd->bhqn", q, k) * scale
+        if causal:
+            assert q.shape[1] == k.shape[1]
+            scores.masked_fill_(torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1), float("-inf"))
+        out = torch.einsum("bhqn,bnhd->bqhd", scores.softmax(-1), v)
+        return out.contiguous(), scores.logsumexp(-1)
+
+    monkeypatch.setattr(attention_dense, "cudnn", plain)
+    monkeypatch.setattr(attention_dense, "ROUND", 8)
+    monkeypatch.setattr(attention_dense, "ROUND_CACHED", 16)
+    queries = [3] + [q_len] * count
+    lens = [9] + [cached + q_len] * count
+    cache = paged(lens, 2, 16, dtype=torch.float32)
+    q = torch.randn(sum(queries), 4, 16)
+    out = torch.full_like(q, float("nan"))
+    part = attention_dense.DenseRows(1, count, 3, q_len, cached)
+    attention_dense.dense(q, cache.k, cache.v, cache.table, cache.rows, cache.seq_lens, part, out, 0.3)
+    truth = expected(q, cache, queries, 0.3)
+    torch.testing.assert_close(out[3:].double(), truth[3:], rtol=0, atol=2e-6)
+    assert out[:3].isnan().all()
+
+
+@pytest.mark.parametrize("window", [None, 24])
+@pytest.mark.parametrize("whole_tables", [False, True])
+def test_backend_runs_mixed_steps(window: int | None, whole_tables: bool) -> None:
+    queries = [1, 1, 5, 20]
+    cache = paged([40, 3, 30, 20], 2, 16, dtype=torch.float32, window=window, queries=queries)
+    group, spec = KVGroup(0, (0,), window), AttnSpec(4, 2, 16, 0.3, window, 16)
+    backend = CudaAttention(reference, (spec,), torch.device("cpu"), torch.float32)
+    assert backend.supports(spec) is None
+    batch = batch_of(cache, queries, whole_tables)
+    q = torch.randn(sum(queries), 4, 16)
+    out = backend.run(q, batch.kv[0], backend.plan(batch, group), spec)
+    torch.testing.assert_close(out.double(), expected(q, cache, queries, 0.3).flatten(1), rtol=0, atol=2e-6)
+
+
+def test_long_rows_are_dense_and_equal_fresh_neighbours_share_a_call() -> None:
+    spec = AttnSpec(32, 8, 128, 0.1, None, 16)
+    backend = CudaAttention(reference, (spec,), torch.device("cpu"), torch.bfloat16)
+    queries, cached = [1, 4096, 4096, 100, 4096, 4096, 4096, 5000], [9, 0, 0, 0, 0, 8192, 8192, 0]
+    lens = np.array(queries, np.int32) + np.array(cached, np.int32)
+    cache = paged([1] * 8, 1, 16, dtype=torch.float32)
+    batch = replace(batch_of(cache, queries, False), kv_lens=lens)
+    prefill_plan = backend.plan(batch, KVGroup(0, (0,), None)).prefill
+    assert prefill_plan is not None
+    assert prefill_plan.dense == (
+        DenseRows(1, 2, 1, 4096, 0),
+        DenseRows(4, 1, 8293, 4096, 0),
+        DenseRows(5, 1, 12389, 4096, 8192),
+        DenseRows(6, 1, 16485, 4096, 8192),
+        DenseRows(7, 1, 20581, 5000, 0),
+    )
+    assert prefill_plan.programs is not None
+    assert set(prefill_plan.programs[:, 0].tolist()) == {3}
+    windowed = backend.plan(batch, KVGroup(0, (0,), 64)).prefill
+    assert windowed is not None
+    assert windowed.dense == ()
+
+
+def batch_of(cache: Paged, queries: list[int], whole_tables: bool) -> Batch:
+    counts = np.array(queries, np.int32)
+    tokens = torch.zeros(int(counts.sum()), dtype=torch.int64)
+    starts = torch.tensor(np.concatenate(([0], np.cumsum(counts))), dtype=torch.int32)
+    return Batch(
+        tokens=tokens,
+        positions=tokens,
+        row_of=tokens,
+        q_start=starts,
+        seq_lens=cache.seq_lens,
+        slots=(tokens,),
+        tables=(cache.table[cache.rows],),
+        logits_at=tokens,
+        num_decode=queries.count(1),
+        max_q=max(queries),
+        max_kv=int(cache.seq_lens.max()),
+        q_lens=counts,
+        kv_lens=cache.seq_lens.numpy(),
+        kv=(KVCache(cache.k, cache.v),),
+        rows=cache.rows if whole_tables else None,
+        row_tables=(cache.table,) if whole_tables else None,
+    )
