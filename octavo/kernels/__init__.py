@@ -108,6 +108,25 @@ class Kernels(Protocol):
     ) -> Tensor:
         """One token id per row of logits [S, V], int64 [S]."""
 
+    def sample_rows(
+        self,
+        logits: Tensor,
+        rows: Tensor,
+        temperature: Tensor,
+        top_k: Tensor,
+        top_p: Tensor,
+        min_p: Tensor,
+        seed: Tensor,
+        position: Tensor,
+        *,
+        filtered: bool = True,
+        last_token: Tensor | None = None,
+    ) -> Tensor:
+        """`sample` with the parameters of `rows` [S] in tables [R+1]; optionally writes last_token[rows] [R+1] too.
+
+        With filtered=False no row has top_k, top_p or min_p.
+        """
+
     def apply_penalties(
         self,
         logits: Tensor,

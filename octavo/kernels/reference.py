@@ -10,7 +10,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from octavo.kernels.reference_batch import prepare_decode, slots, verify
-from octavo.kernels.reference_sampling import apply_penalties, sample, top_logprobs
+from octavo.kernels.reference_sampling import apply_penalties, sample, sample_rows, top_logprobs
 
 __all__ = [
     "add_rms_norm",
@@ -23,6 +23,7 @@ __all__ = [
     "rope_norm_write_kv",
     "rotation",
     "sample",
+    "sample_rows",
     "silu_mul",
     "slots",
     "top_logprobs",

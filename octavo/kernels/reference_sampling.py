@@ -135,6 +135,29 @@ def sample(
     return tokens
 
 
+def sample_rows(
+    logits: Tensor,
+    rows: Tensor,
+    temperature: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    min_p: Tensor,
+    seed: Tensor,
+    position: Tensor,
+    *,
+    filtered: bool = True,
+    last_token: Tensor | None = None,
+) -> Tensor:
+    """`sample` where line i of logits [S, V] has the parameters at rows[i] of tables [R+1]; position stays [S].
+
+    With filtered=False no row has top_k, top_p or min_p. Writes last_token[rows[i]] too, where given [R+1] int64.
+    """
+    tokens = sample(logits, temperature[rows], top_k[rows], top_p[rows], min_p[rows], seed[rows], position)
+    if last_token is not None:
+        last_token[rows] = tokens
+    return tokens
+
+
 class _Rows(NamedTuple):
     """Rows of `sample`: its arguments, each row's highest logit, and the keys of seed and position."""
 

@@ -79,7 +79,10 @@ class Llama:
         return self.embed.project(hidden) if self.head is None else self.head(hidden)
 
     def load_weight(self, name: str, tensor: Tensor | Blocks) -> None:
-        """Copies a checkpoint's tensor, of any float dtype or in blocks of a kept format, to its place. UnsupportedModel if unknown."""
+        """Copies a checkpoint's tensor, of any float dtype or in a format that the scheme keeps, to its place.
+
+        UnsupportedModel if it has none.
+        """
         if name.endswith(".rotary_emb.inv_freq") or (self.head is None and name == "lm_head.weight"):
             return  # computed from the config; the tied head is the embedding
         self._weights.load(name, tensor)

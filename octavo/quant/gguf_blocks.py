@@ -20,7 +20,7 @@ Floats = NDArray[np.float32]
 
 
 class Parts(NamedTuple):
-    """Numbers [n, size] = scales * (codes - zero) + minima, with a scale and a minimum for each of `groups` equal runs."""
+    """Numbers [n, size] = scales * (codes - zero) + minima; each of `groups` equal runs has a scale and a minimum."""
 
     codes: Bytes
     """uint8 [n, size]."""

@@ -69,6 +69,7 @@ class Sampler:
             "seed": np.zeros(max_rows + 1, np.int64),
         }
         self._state = {name: upload(array.copy(), device) for name, array in self._host.items()}
+        self._filtered = np.zeros(max_rows + 1, np.bool_)
         self._stale: set[int] = set()
         self._logprobs = np.full(max_rows + 1, -1, np.int64)
 
@@ -80,6 +81,7 @@ class Sampler:
         values = (params.temperature, top_k, params.top_p, params.min_p, seed)
         for array, value in zip(self._host.values(), values, strict=True):
             array[row] = value
+        self._filtered[row] = top_k > 0 or params.top_p < 1 or params.min_p > 0
         self._stale.add(row)
         self._logprobs[row] = -1 if params.logprobs is None else params.logprobs
         for transform in self._transforms:
@@ -93,23 +95,32 @@ class Sampler:
         for transform in self._transforms:
             transform.remove(row)
 
-    def __call__(self, logits: Tensor, rows: Rows, positions: Tensor) -> Samples:
+    def __call__(
+        self,
+        logits: Tensor,
+        rows: Rows,
+        positions: Tensor,
+        *,
+        index: Tensor | None = None,
+        last_token: Tensor | None = None,
+    ) -> Samples:
         """Samples one token for each line of `logits`, which the transforms may overwrite.
 
-        logits: [S, V] of any float type on the device (half types are widened where they are changed); rows: [S] on the
-        host; positions: [S] int64 on the device, the index that the token will have in its sequence, prompt included. A
-        row may come several times, at increasing positions (verification of drafts), unless its params.uses_history.
+        logits: [S, V] of any float type on the device (half types are widened where they are changed); rows: [S] on
+        the host, `index` the same on the device where they lie there already; positions: [S] int64 on the device, the
+        index that the token will have in its sequence, prompt included. A row may come several times, at increasing
+        positions (verification of drafts), unless its params.uses_history. `last_token` [R+1] gets each row's token.
         """
         lines = np.nonzero(self._logprobs[rows] >= 0)[0]
-        at = upload(lines, self._device)
         active = [transform for transform in self._transforms if len(transform)]
         if (active or len(lines)) and logits.dtype in HALF_TYPES:
             logits = logits.float()
-        raw = logits[at] if len(lines) else None
+        at = upload(lines, self._device) if len(lines) else None
+        raw = None if at is None else logits[at]
         for transform in active:
             transform.apply(logits, rows, positions)
-        tokens = self._choose(logits, rows, positions)
-        if raw is None:
+        tokens = self._choose(logits, rows, positions, index, last_token)
+        if raw is None or at is None:
             return Samples(tokens)
         ks = self._logprobs[rows[lines]]
         gathered = self._kernels.top_logprobs(raw, tokens[at], int(ks.max()))
@@ -121,18 +132,25 @@ class Sampler:
             if len(transform):
                 transform.observe(rows, tokens)
 
-    def _choose(self, logits: Tensor, rows: Rows, positions: Tensor) -> Tensor:
-        if not self._host["temperature"][rows].any():
-            return logits.argmax(-1)
+    def _choose(
+        self, logits: Tensor, rows: Rows, positions: Tensor, index: Tensor | None, last_token: Tensor | None
+    ) -> Tensor:
         if self._stale:
             stale = np.array(sorted(self._stale))
             at = upload(stale, self._device)
             for name, array in self._host.items():
                 self._state[name][at] = upload(array[stale], self._device)
             self._stale.clear()
-        index = upload(rows.astype(np.int64), self._device)
-        state = {name: tensor[index] for name, tensor in self._state.items()}
-        return self._kernels.sample(logits, **state, position=positions)
+        if index is None:
+            index = upload(rows.astype(np.int64), self._device)
+        return self._kernels.sample_rows(
+            logits,
+            index,
+            **self._state,
+            position=positions,
+            filtered=bool(self._filtered[rows].any()),
+            last_token=last_token,
+        )
 
 
 def prompt_logprobs(logits: Tensor, targets: Tensor, k: int, kernels: Kernels = reference) -> list[TokenLogprobs]:

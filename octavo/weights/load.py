@@ -7,6 +7,7 @@ stays near one tensor. Does not know where a tensor goes: that is the model's `l
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from os import cpu_count
@@ -22,8 +23,11 @@ from octavo.core.facts import ModelFacts
 from octavo.formats.gguf import GGUFFile
 from octavo.formats.safetensors import SafetensorsIndex
 from octavo.quant import Blocks
+from octavo.quant.gguf_blocks import PACKED
 from octavo.weights.gguf_names import hf_name
 from octavo.weights.gguf_types import dequantize
+
+logger = logging.getLogger("octavo")
 
 LoadFormat = Literal["auto", "safetensors", "gguf", "dummy"]
 Progress = Callable[[str, int, int], None]
@@ -101,12 +105,15 @@ def _gguf(facts: ModelFacts, keep: frozenset[str]) -> Weights:
     reordered = gguf.metadata["general.architecture"] == "llama"
     heads = {"q_proj": facts.num_heads, "k_proj": facts.num_kv_heads}
     tensors = sorted(gguf.tensors.values(), key=lambda tensor: tensor.offset)
+    expanded: set[str] = set()
     with ThreadPoolExecutor(min(cpu_count() or 1, _MAX_THREADS), "dequantize") as pool:
         for done, entry in enumerate(tensors, 1):
             name = hf_name(entry.name)
             if name is None:
                 continue
-            kept = entry.type in keep
+            kept = entry.type in keep and len(entry.shape) == 2
+            if keep and not kept and entry.type in PACKED:
+                expanded.add(entry.type)
             try:
                 if kept:
                     tensor = torch.frombuffer(bytearray(gguf.data(entry)), dtype=torch.uint8).view(entry.shape[0], -1)
@@ -118,6 +125,8 @@ def _gguf(facts: ModelFacts, keep: frozenset[str]) -> Weights:
             if reordered and module in heads:
                 tensor = restore_rope_order(tensor, heads[module])
             yield done, len(tensors), name, Blocks(entry.type, tensor) if kept else tensor
+    if expanded:
+        logger.warning("no kernel multiplies %s: such weights are expanded to floats", ", ".join(sorted(expanded)))
 
 
 def restore_rope_order(tensor: Tensor, heads: int) -> Tensor:

@@ -43,6 +43,8 @@ class Forward:
     """[S, vocab] of the tokens to sample after."""
     positions: Tensor
     """[S] int64 positions that the sampled tokens will have."""
+    rows: Tensor
+    """[B] int64 rows of the batch, on the device; the sampled ones stand first."""
     layout: Layout | None = None
     """None: a step of one token a row."""
     hidden: Tensor | None = None
@@ -53,14 +55,19 @@ class Step:
     """A launched and sampled step; `result` waits for the device."""
 
     download: Download
+    """Tokens [S, K+1], log-probabilities where asked for, and with drafts how many tokens count [S]."""
     samples: Samples
     first_sample: list[int]
     """Per sampled row where its entries in `samples` begin."""
+    counts: Tensor | None
+    """None: one token a row."""
     prompt_logprobs: dict[int, tuple[int, list[TokenLogprobs]]]
 
     def result(self) -> StepResult:
-        tokens, counts, *gathered = self.download.wait()
-        num_tokens = counts.numpy().astype(np.int32)
+        tokens, *gathered = self.download.wait()
+        num_tokens = np.ones(len(tokens), np.int32)
+        if self.counts is not None:
+            num_tokens = gathered.pop().numpy().astype(np.int32)
         entries = self.samples.host_logprobs(gathered)
         logprobs: dict[int, list[TokenLogprobs]] = {}
         if entries:
@@ -146,16 +153,16 @@ class Worker:
         if self._decode is not None and plan.num_decode == len(plan.rows):
             self._rows.host_computed[plan.rows] += 1
             decoded = self._decode.run(plan.rows, int(self._rows.host_computed[plan.rows].max()))
-            return Forward(plan, decoded.logits, decoded.positions)
+            return Forward(plan, decoded.logits, decoded.positions, decoded.rows)
         layout = lay_out(plan, self._rows.host_computed)
         self._rows.host_computed[plan.rows] += layout.counts
-        batch = self._batch(plan, layout)
+        batch, rows = self._batch(plan, layout)
         hidden = self._model(batch)
         sampled = batch.logits_at
-        return Forward(plan, self._model.logits(hidden[sampled]), batch.positions[sampled] + 1, layout, hidden)
+        return Forward(plan, self._model.logits(hidden[sampled]), batch.positions[sampled] + 1, rows, layout, hidden)
 
-    def _batch(self, plan: Plan, layout: Layout) -> Batch:
-        """The ragged batch on the device; the rows' num_computed moves past it."""
+    def _batch(self, plan: Plan, layout: Layout) -> tuple[Batch, Tensor]:
+        """The ragged batch and its rows on the device; the rows' num_computed moves past it."""
         state, block_size = self._rows, self.config.cache.block_size
         tokens, from_state, positions, row_of, q_start, logits_at, rows, seq_lens = self._upload(
             layout.tokens,
@@ -189,24 +196,29 @@ class Worker:
             kv=self._kv,
         )
         state.num_computed[rows] = seq_lens.long()
-        return batch.with_meta(tuple(self._attention.plan(batch, group) for group in self.config.cache.groups))
+        meta = tuple(self._attention.plan(batch, group) for group in self.config.cache.groups)
+        return batch.with_meta(meta), rows
 
     @torch.inference_mode()
     def sample(self, forward: Forward) -> Step:
         """Samples the rows that reached their end, verifies drafts, and leaves the last tokens in the row state."""
         plan, layout = forward.plan, forward.layout
         rows = plan.rows[: plan.num_sampled]
-        repeats = np.ones(len(rows), np.int32) if layout is None else layout.repeats
-        samples = self._sampler(forward.logits, np.repeat(rows, repeats), forward.positions)
-        first = np.cumsum(repeats) - repeats
-        tokens, last = samples.tokens[:, None], samples.tokens
-        counts = torch.ones(len(rows), dtype=torch.int64)
-        if layout is not None and plan.num_drafted:
-            tokens, counts, last = self._verify(samples.tokens, first, plan, layout)
-        self._rows.last_token[self._upload(rows.astype(np.int64))[0]] = last
+        last_token = self._rows.last_token
+        if layout is None or not plan.num_drafted:
+            samples = self._sampler(
+                forward.logits, rows, forward.positions, index=forward.rows[: len(rows)], last_token=last_token
+            )
+            self._sampler.observe(rows, samples.tokens)
+            download = Download([samples.tokens[:, None], *samples.gathered])
+            return Step(download, samples, list(range(len(rows))), None, self._prompt_logprobs(forward))
+        samples = self._sampler(forward.logits, np.repeat(rows, layout.repeats), forward.positions)
+        first = np.cumsum(layout.repeats) - layout.repeats
+        tokens, counts, last = self._verify(samples.tokens, first, plan, layout)
+        last_token[forward.rows[: len(rows)]] = last
         self._sampler.observe(rows, last)
-        download = Download([tokens, counts, *samples.gathered])
-        return Step(download, samples, first.tolist(), self._prompt_logprobs(forward))
+        download = Download([tokens, *samples.gathered, counts])
+        return Step(download, samples, first.tolist(), counts, self._prompt_logprobs(forward))
 
     def _verify(self, sampled: Tensor, first: Int32s, plan: Plan, layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
         """Per sampled row its tokens [S, K+1], how many of them count [S], and the last one [S]."""

@@ -67,16 +67,15 @@ def test_rope_of_many_tokens(dtype: torch.dtype) -> None:
     """A launch shape of its own: 65 or more tokens; the checks' caches have 48 places."""
     draw = Draw("cuda", dtype)
     qkv, slots = draw(300, 48 * 128), draw.places(320, 300)
-    rotation = cuda.rotation(draw.ints(9000, 300), torch.rand(64, device="cuda"), 1.0)
-    together = [torch.zeros(20, 16, 8, 128, dtype=dtype, device="cuda") for _ in range(2)]
-    apart = [torch.zeros_like(cache) for cache in together]
-    q = cuda.rope_norm_write_kv(qkv, 32, rotation, None, *together, slots)
+    cos, sin = cuda.rotation(draw.ints(9000, 300), torch.rand(64, device="cuda"), 1.0)
+    k, v = (torch.zeros(20, 16, 8, 128, dtype=dtype, device="cuda") for _ in range(2))
+    k_apart, v_apart = torch.zeros_like(k), torch.zeros_like(v)
+    q = cuda.rope_norm_write_kv(qkv, 32, (cos, sin), None, k, v, slots)
     parts = [slice(i, i + 50) for i in range(0, 300, 50)]
-    expected = [
-        cuda.rope_norm_write_kv(qkv[p], 32, (rotation[0][p], rotation[1][p]), None, *apart, slots[p]) for p in parts
-    ]
+    expected = [cuda.rope_norm_write_kv(qkv[p], 32, (cos[p], sin[p]), None, k_apart, v_apart, slots[p]) for p in parts]
     assert torch.equal(q, torch.cat(expected))
-    assert all(torch.equal(a, b) for a, b in zip(together, apart, strict=True))
+    assert torch.equal(k, k_apart)
+    assert torch.equal(v, v_apart)
 
 
 @pytest.mark.parametrize("k", [0, 1, 5, 20])

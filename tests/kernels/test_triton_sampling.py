@@ -111,4 +111,8 @@ def test_no_rows() -> None:
 def test_float64_goes_to_the_reference() -> None:
     logits = torch.full((2, 50), 1.0, dtype=torch.float64)
     logits[:, 30] += 1e-12
-    assert cuda.sample(logits, **knobs(2, "cpu", temperature=[0.0, 1e-15])).tolist() == [30, 30]
+    given = knobs(2, "cpu", temperature=[0.0, 1e-15])
+    assert cuda.sample(logits, **given).tolist() == [30, 30]
+    last, out = torch.zeros(2, dtype=torch.int64), torch.zeros(2, dtype=torch.int64)
+    cuda.sample_rows(logits, torch.tensor([1, 0]), *given.values(), tokens=out, last_token=last)
+    assert out.tolist() == last.tolist() == [30, 30]

@@ -49,15 +49,15 @@ def fetch(
     held: tl.tensor,
     begin: tl.tensor,
     BLOCK: tl.constexpr,
-) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    """(in the set, logit, token id) of BLOCK of the set's tokens: `whole` ones of the row or `held` collected ones.
+) -> tuple[tl.tensor, tl.tensor]:
+    """Logits and ids of BLOCK of the set's tokens: `whole` ones of the row or `held` collected ones.
 
-    One of the two numbers is 0.
+    One of the two numbers is 0. Beyond the set logits are -inf.
     """
     at = begin + tl.arange(0, BLOCK)
     value = usable(tl.load(line + at, mask=at < whole, other=float("-inf")))
     value = tl.where(at < held, tl.load(values + at, mask=at < held, other=float("-inf")), value)
-    return at < whole + held, value, tl.where(at < held, tl.load(ids + at, mask=at < held, other=0), at)
+    return value, tl.where(at < held, tl.load(ids + at, mask=at < held, other=0), at)
 
 
 @kernel()
@@ -76,7 +76,8 @@ def narrow(
     lo = tl.full((), 2147483647, tl.int64)
     hi = tl.full((), -2147483648, tl.int64)
     for begin in range(0, whole + held, BLOCK):
-        inside, value, token = fetch(line, values, ids, whole, held, begin, BLOCK)
+        value, _token = fetch(line, values, ids, whole, held, begin, BLOCK)
+        inside = begin + tl.arange(0, BLOCK) < whole + held
         key = key_of(value)
         lo = tl.minimum(lo, tl.min(tl.where(inside, key, 2147483647), 0).to(tl.int64))
         hi = tl.maximum(hi, tl.max(tl.where(inside, key, -2147483648), 0).to(tl.int64))
@@ -87,7 +88,8 @@ def narrow(
         pivots = tl.minimum(lo + step * (1 + way), hi).to(tl.int32)
         above = tl.zeros([16], tl.int32)
         for begin in range(0, whole + held, BLOCK):
-            inside, value, token = fetch(line, values, ids, whole, held, begin, BLOCK)
+            value, _token = fetch(line, values, ids, whole, held, begin, BLOCK)
+            inside = begin + tl.arange(0, BLOCK) < whole + held
             higher = inside[:, None] & (key_of(value)[:, None] > pivots[None, :])
             above += tl.sum(higher.to(tl.int32), 0)
         passed = tl.sum((above >= k).to(tl.int32), 0)
@@ -115,7 +117,7 @@ def collect(
 
     k is at most pieces. maxima [pieces] float32; it is overwritten by the list of pieces that are looked at.
     """
-    lo, hi = narrow(maxima, maxima, ids, pieces, 0, k, 4, BLOCK)
+    lo, _hi = narrow(maxima, maxima, ids, pieces, 0, k, 4, BLOCK)
     piece = tl.arange(0, PIECES)
     highest = tl.load(maxima + piece, mask=piece < pieces, other=float("-inf"))
     chosen = ((piece < pieces) & (key_of(highest).to(tl.int64) > lo)).to(tl.int32)
@@ -157,7 +159,7 @@ def masses(
     total = tl.zeros([BLOCK], tl.float32)
     above = tl.zeros([BLOCK], tl.float32)
     for begin in range(0, whole + held, BLOCK):
-        known, value, token = fetch(line, values, ids, whole, held, begin, BLOCK)
+        value, _token = fetch(line, values, ids, whole, held, begin, BLOCK)
         z = tl.math.div_rn(value - top, heat)
         weight = tl.where(z >= cut, tl.exp(z), 0.0)
         total += weight
@@ -186,7 +188,7 @@ def pick(
     best = tl.full((), float("-inf"), tl.float32)
     best_id = tl.full((), 0, tl.int32)
     for begin in range(0, whole + held, BLOCK):
-        known, value, token = fetch(line, values, ids, whole, held, begin, BLOCK)
+        value, token = fetch(line, values, ids, whole, held, begin, BLOCK)
         z = tl.math.div_rn(value - top, heat)
         bound = z * 1.4426950408889634 + noise_bound(k0, k1, token, FAST)
         bound = tl.where((z >= cut) & (z > below), bound, float("-inf"))

@@ -109,7 +109,7 @@ def _chunk_best(
     CHUNK: tl.constexpr,
     PDL: tl.constexpr,
 ) -> None:
-    """parts [N, 3, chunks]: maximum, sum, how many logits beat the chosen one's; values, ids [N, chunks * k]: the best."""
+    """parts [N, 3, chunks]: maximum, sum, how many beat the chosen one's; values, ids [N, chunks * k]: the best."""
     line, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
     lane = tl.arange(0, CHUNK)
     at = chunk * CHUNK + lane
@@ -184,7 +184,8 @@ def top_logprobs(logits: Tensor, chosen: Tensor, k: int) -> tuple[Tensor, Tensor
     """
     lines, vocab = logits.shape
     if not supported(logits) or k > min(MAX_K, vocab):
-        return reference.top_logprobs(logits, chosen, k)
+        wide = logits if logits.dtype == torch.float64 else logits.float()
+        return reference.top_logprobs(wide, chosen, k)
     logits = logits if logits.stride(1) == 1 else logits.contiguous()
     out_ids = torch.empty((lines, 1 + k), dtype=torch.int64, device=logits.device)
     out_logprobs = torch.empty((lines, 1 + k), dtype=torch.float32, device=logits.device)

@@ -21,13 +21,13 @@ from octavo.kernels.cuda.launch import INTERPRET, cdiv, kernel, pdl, pow2, suppo
 CHUNK = 2048
 """Tokens of a program of `_draw`; part of what a draw means in its last bit, hence not tuned to the batch."""
 DRAW_WARPS = 4
-DRAW_REGISTERS: int | None = None
+DRAW_REGISTERS: int | None = 64
 """Most registers of a thread of `_draw`; None leaves it to the compiler."""
 FILTER_BLOCK, SEARCH_BLOCK, FILTER_WARPS = 4096, 1024, 16
 """Tokens at a time where a row with filters is looked at, or searched with 16 pivots."""
 
 
-@kernel()
+@kernel("offset")
 def _draw(
     logits: tl.tensor,
     rows: tl.tensor,
@@ -70,7 +70,7 @@ def _draw(
         highest = finite(top)
         bound = (value - highest) * tl.minimum(1.4426950408889634 / heat, 1e30) + noise_bound(k0, k1, ids, FAST)
         none = tl.full((), float("-inf"), tl.float32)
-        score, best, best_id = best_of(bound, value, ids, highest, heat, k0, k1, none, none, chunk * CHUNK, CHUNK)
+        _score, best, best_id = best_of(bound, value, ids, highest, heat, k0, k1, none, none, chunk * CHUNK, CHUNK)
         if FILTERED:
             k = tl.load(top_k + row)
             if (k > 0) & (k < vocab):
@@ -83,7 +83,7 @@ def _draw(
     tl.store(part + 2 * chunks, best_id)
 
 
-@kernel()
+@kernel("offset")
 def _finish(
     logits: tl.tensor,
     rows: tl.tensor,
@@ -115,7 +115,7 @@ def _finish(
     FAST: tl.constexpr,
     PDL: tl.constexpr,
 ) -> None:
-    """The best of a row's chunks, the lowest id among equals; then the filters. values, ids [S, CAPACITY] are scratch."""
+    """The best of a row's chunks, then the filters. values, ids [S, CAPACITY] are scratch."""
     line = tl.program_id(0).to(tl.int64)
     among = tl.arange(0, CHUNKS)
     inside = among < chunks
@@ -135,7 +135,7 @@ def _finish(
     winners = tl.load(part + 2 * chunks, mask=inside, other=0)
     score = tl.math.div_rn(logit - top, heat) + gumbel(random_bits(k0, k1, winners))
     score = tl.where(drawn, score, logit)
-    high, winner = tl.max(score, 0, return_indices=True, return_indices_tie_break_left=True)
+    _high, winner = tl.max(score, 0, return_indices=True, return_indices_tie_break_left=True)
     token = tl.max(tl.where(among == winner, winners, 0), 0)
     if FILTERED and drawn:
         best = tl.max(tl.where(among == winner, logit, float("-inf")), 0)
@@ -162,7 +162,7 @@ def _finish(
                     SEARCH_BLOCK,
                 )
                 whole = tl.where(held > 0, 0, vocab)
-            before, key = narrow(line_logits, values, ids, whole, held, k, 64, SEARCH_BLOCK)
+            _before, key = narrow(line_logits, values, ids, whole, held, k, 64, SEARCH_BLOCK)
             cut = tl.maximum(cut, tl.math.div_rn(value_of(key.to(tl.int32)) - top, heat))
         z = tl.math.div_rn(best - top, heat)
         if z < cut:
@@ -190,8 +190,6 @@ def sample(
     position: Tensor,
 ) -> Tensor:
     """One token id per row, int64 [S]: see `reference_sampling.sample`. Logits of half types are taken too."""
-    if not supported(logits):
-        return reference.sample(logits, temperature, top_k, top_p, min_p, seed, position)
     return sample_rows(logits, None, temperature, top_k, top_p, min_p, seed, position)
 
 
@@ -218,6 +216,14 @@ def sample_rows(
     """
     lines, vocab = logits.shape
     device = logits.device
+    if not supported(logits):
+        parameters = (temperature, top_k, top_p, min_p, seed)
+        if rows is not None:
+            parameters = tuple(table[rows] for table in parameters)  # type: ignore[assignment]
+        found = reference.sample(logits, *parameters, position + offset)
+        if last_token is not None and rows is not None:
+            last_token[rows] = found
+        return found if tokens is None else tokens.copy_(found)
     if logits.stride(1) != 1:
         logits = logits.contiguous()
     if tokens is None:
