@@ -43,6 +43,7 @@ class EngineLike(Protocol):
     def step(self) -> list[Delta]: ...
     def has_work(self) -> bool: ...
     def reset_prefix_cache(self) -> bool: ...
+    def warm_up(self) -> None: ...
     def close(self) -> None: ...
 
 
@@ -143,6 +144,10 @@ class LLM:
         """generation_config's sampling defaults over SamplingParams' own."""
         max_new_tokens = self.config.model.sampling_defaults.get("max_new_tokens")
         return self._inputs.default_params(16 if max_new_tokens is None else int(max_new_tokens))
+
+    def warm_up(self) -> None:
+        """Prepares every shape of decode step now instead of when it first comes, as a measurement wants it."""
+        self.engine.warm_up()
 
     def reset_prefix_cache(self) -> bool:
         """Forgets the prefix cache."""

@@ -84,6 +84,8 @@ class CpuAttention:
     def run(self, q: Tensor, cache: KVCache, meta: Meta | reference.Meta, spec: AttnSpec) -> Tensor:
         if isinstance(meta, reference.Meta):
             return self._reference.run(q, cache, meta, spec)
+        if q.dtype not in HALF:
+            return self.run(q.float(), cache, meta, spec).to(q.dtype)
         if q.stride(2) != 1 or q.stride(1) != spec.head_dim:
             q = q.contiguous()
         meta.step.half_q = HALF[q.dtype]

@@ -33,6 +33,8 @@ THROUGHPUT_COLUMNS = {
     "kv_use_percent": "KV use %",
     "preemptions": "preempted",
     "steps": "steps",
+    "host_us_per_step": "host us/step",
+    "gpu_idle_percent": "GPU idle %",
 }
 LATENCY_COLUMNS = {"batch_size": "batch", "mean": "mean s", "p50": "p50 s", "p90": "p90 s", "p99": "p99 s"}
 
@@ -48,7 +50,9 @@ def throughput(namespace: argparse.Namespace) -> int:
     with _open(args) as llm:
         for workload in workloads:
             check_fits(workload, llm.config.scheduler.max_model_len)
-        _generate(llm, uniform("warmup", 1, 8, 4), args.seed, namespace.temperature)
+        llm.warm_up()
+        longest = llm.config.scheduler.max_model_len - 4 if llm.config.device.kind == "cuda" else 8
+        _generate(llm, uniform("warmup", 2, longest, 4), args.seed, namespace.temperature)
         limits = measure_limits(llm.config.device.kind, llm.config.dtype)
         results = [
             measure(llm, workload, args.seed, namespace.temperature, limits, sequential=sequential)
@@ -121,6 +125,7 @@ def measure(
         "kv_use_percent": kv_use_percent(before, after),
         "preemptions": after.preemptions - before.preemptions,
         "steps": after.steps - before.steps,
+        **_step_costs(before, after),
         **machine(),
     }
 
@@ -146,6 +151,17 @@ def kv_use_percent(before: Stats, after: Stats) -> float | None:
     """Tokens held per slot in owned blocks, in percent, averaged over the slots of the steps between; None without."""
     slots = after.kv_slots_owned - before.kv_slots_owned
     return round(100 * (after.kv_tokens_held - before.kv_tokens_held) / slots, 3) if slots else None
+
+
+def _step_costs(before: Stats, after: Stats) -> Result:
+    """Host work a step, waiting left out, and the share of time that the device was idle between steps."""
+    busy = after.device_busy_seconds - before.device_busy_seconds
+    idle = after.device_idle_seconds - before.device_idle_seconds
+    steps = max(after.steps - before.steps, 1)
+    return {
+        "host_us_per_step": round(1e6 * (after.host_seconds - before.host_seconds) / steps, 1),
+        "gpu_idle_percent": round(100 * idle / (busy + idle), 2) if busy else None,
+    }
 
 
 def _generate(llm: LLM, workload: Workload, seed: int, temperature: float, *, sequential: bool = False) -> float:

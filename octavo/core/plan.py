@@ -78,6 +78,9 @@ class StepResult(msgspec.Struct):
     num_tokens: Int32s
     logprobs: dict[int, list[TokenLogprobs]] = {}
     prompt_logprobs: dict[int, tuple[int, list[TokenLogprobs]]] = {}
+    busy_seconds: float = 0.0
+    """Device time of the step, and how long the device had waited for it; 0 where the device keeps no time."""
+    idle_seconds: float = 0.0
 
 
 def _encode_array(value: Any) -> Any:

@@ -77,6 +77,9 @@ class Stats(msgspec.Struct, array_like=True):
     steps: int = 0
     kv_tokens_held: float = 0.0
     kv_slots_owned: float = 0.0
+    host_seconds: float = 0.0
+    device_busy_seconds: float = 0.0
+    device_idle_seconds: float = 0.0
 
 
 # Frontend -> engine

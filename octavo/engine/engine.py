@@ -14,6 +14,7 @@ With overlap 0 each step is committed before the next is planned.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterable
 from typing import Protocol
@@ -26,6 +27,7 @@ from octavo.core.request import Delta, Request, Stats
 from octavo.scheduler import Constraint, Proposer, Scheduler
 
 Progress = Callable[[str, int, int], None]
+logger = logging.getLogger("octavo")
 MAX_FAILURES = 3
 """Steps that may fail one after another before the engine gives up."""
 
@@ -40,6 +42,10 @@ class Executor(Protocol):
     """Runs plans on all ranks, in order."""
 
     def load(self, progress: Progress | None = None) -> None: ...
+
+    def warm_up(self) -> None:
+        """Compiles and captures ahead of time what steps would otherwise prepare when they first need it."""
+        ...
 
     def launch(self, plan: Plan) -> Callable[[], Sampled]:
         """Launches the forward pass; calling the result launches sampling."""
@@ -56,6 +62,9 @@ class InlineExecutor:
 
     def load(self, progress: Progress | None = None) -> None:
         self._worker.load(progress)
+
+    def warm_up(self) -> None:
+        self._worker.warm_up()
 
     def launch(self, plan: Plan) -> Callable[[], Sampled]:
         forward = self._worker.forward(plan)
@@ -88,10 +97,15 @@ class Engine:
         self._executor: Executor = executor if executor is not None else InlineExecutor(config)
         self._ahead: Sampled | None = None
         self._failures = 0
+        self._waited = 0.0
 
     def load(self, progress: Progress | None = None) -> None:
         """Loads the model; errors of checkpoint or configuration are ConfigError."""
         self._executor.load(progress)
+
+    def warm_up(self) -> None:
+        """Prepares every shape of decode step now instead of when it first comes; for measurements."""
+        self._executor.warm_up()
 
     def add(self, request: Request) -> None:
         self.scheduler.add(request)
@@ -106,6 +120,7 @@ class Engine:
 
     @property
     def stats(self) -> Stats:
+        """A copy of the counters with the gauges of this moment."""
         return self.scheduler.snapshot()
 
     def reset_prefix_cache(self) -> bool:
@@ -117,14 +132,17 @@ class Engine:
 
         Raises EngineDead when steps keep failing.
         """
+        began, waited = time.perf_counter(), self._waited
         try:
             deltas = self._turn()
         except Exception as error:
+            logger.exception("a step failed; its requests end with an error")
             self._failures += 1
             self._ahead = None
             if self._failures >= MAX_FAILURES:
                 raise EngineDead(f"{self._failures} steps failed in a row, the last with: {error!r}") from error
             return self.scheduler.fail(f"the step failed: {error!r}")
+        self.scheduler.stats.host_seconds += time.perf_counter() - began - (self._waited - waited)
         return deltas
 
     def _turn(self) -> list[Delta]:
@@ -132,19 +150,24 @@ class Engine:
         plan = self.scheduler.schedule(time.time())
         sample = None if plan is None else self._executor.launch(plan)
         if self._ahead is not None:
-            result = self._ahead.result()
-            self._ahead = None
-            deltas += self._commit(result)
+            ahead, self._ahead = self._ahead, None
+            deltas += self._commit(ahead)
         if sample is not None:
             step = sample()
             if self.config.scheduler.overlap:
                 self._ahead = step
             else:
-                deltas += self._commit(step.result())
+                deltas += self._commit(step)
         return deltas
 
-    def _commit(self, result: StepResult) -> list[Delta]:
+    def _commit(self, step: Sampled) -> list[Delta]:
+        began = time.perf_counter()
+        result = step.result()
+        self._waited += time.perf_counter() - began
         self._failures = 0
+        stats = self.scheduler.stats
+        stats.device_busy_seconds += result.busy_seconds
+        stats.device_idle_seconds += result.idle_seconds
         return self.scheduler.commit(result, time.time())
 
     def close(self) -> None:

@@ -154,4 +154,11 @@ def load(device_kind: str) -> Kernels:
         return cuda
     from octavo.kernels import reference
 
+    if device_kind == "cpu":
+        from octavo.kernels.cpu import build
+
+        if build.available() is None:
+            from octavo.kernels import cpu
+
+            return cpu
     return reference

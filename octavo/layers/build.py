@@ -71,10 +71,9 @@ class OneTensor:
 
 
 def copy_exact(into: Tensor, tensor: Tensor | Blocks) -> None:
-    """Copies with dtype conversion; UnsupportedModel unless the shapes are equal and the tensor is of floats."""
-    if isinstance(tensor, Blocks):
-        raise UnsupportedModel(f"quantized to {tensor.type}, but only matrices may be")
+    """Copies with dtype conversion; UnsupportedModel unless the shapes are equal."""
     check_shape(tensor, tuple(into.shape))
+    assert isinstance(tensor, Tensor)
     into.copy_(tensor)
 
 

@@ -7,7 +7,7 @@ from functools import partial
 
 from torch import Tensor
 
-from octavo.layers.build import Build, Load, check_shape, copy_exact
+from octavo.layers.build import Build, Load, check_shape
 from octavo.parallel import Layout, Slice
 from octavo.quant import Blocks
 
@@ -76,5 +76,5 @@ class Linear:
     def _load_bias(self, part: str, tensor: Tensor | Blocks) -> None:
         assert self._bias is not None
         check_shape(tensor, self._shapes[part][:1])
-        cut = tensor if isinstance(tensor, Blocks) else tensor[slice(*self._reads[part].out)]
-        copy_exact(self._bias[slice(*self._slot(part).out)], cut)
+        assert isinstance(tensor, Tensor)
+        self._bias[slice(*self._slot(part).out)].copy_(tensor[slice(*self._reads[part].out)])

@@ -21,6 +21,8 @@ class Parts(dict[str, Tensor]):
         self.out, self.dtype = out, dtype
         self.at: list[tuple[int, Packed | Tensor]] = []
         """(first row, the part), in the order of rows once finished."""
+        self.whole: Packed | None = None
+        """The only part, where it is packed."""
 
 
 class PackedScheme(ABC):
@@ -55,6 +57,8 @@ class PackedScheme(ABC):
             else:
                 merged.append((row, part))
         params.at = merged
+        if len(merged) == 1 and isinstance(merged[0][1], Packed):
+            params.whole = merged[0][1]
         for i, (_, part) in enumerate(merged):
             name = "weight" if len(merged) == 1 else f"weight.{i}"
             params[name] = part.data if isinstance(part, Packed) else part
@@ -62,6 +66,9 @@ class PackedScheme(ABC):
     def apply(self, kernels: Kernels, x: Tensor, params: dict[str, Tensor], bias: Tensor | None) -> Tensor:
         assert isinstance(params, Parts)
         out = torch.empty(x.shape[0], params.out, dtype=x.dtype)
+        if params.whole is not None:
+            quant_linear.linear(x, params.whole, bias, out)
+            return out
         for row, part in params.at:
             end = row + _rows(part)
             some = None if bias is None else bias[row:end]
@@ -81,6 +88,9 @@ class PackedScheme(ABC):
         bias: Tensor | None,
         gated: bool,
     ) -> tuple[Tensor, Tensor]:
+        assert isinstance(params, Parts)
+        if params.whole is not None and not (gated and params.out % (2 * PANEL)):
+            return quant_linear.norm_linear(x, residual, norm, params.whole, bias, gated)
         if residual is None:
             normalised, stream = kernels.rms_norm(x, *norm), x
         else:
@@ -90,9 +100,10 @@ class PackedScheme(ABC):
 
     def gather(self, kernels: Kernels, index: Tensor, params: dict[str, Tensor]) -> Tensor:
         assert isinstance(params, Parts)
+        if params.whole is not None:
+            return quant_linear.rows(params.whole, index, params.dtype)
         ((_, part),) = params.at
-        if isinstance(part, Packed):
-            return quant_linear.rows(part, index, params.dtype)
+        assert isinstance(part, Tensor)
         return kernels.embedding(index, part)
 
 

@@ -112,6 +112,18 @@ class DecodeSteps:
         count = len(rows)
         return Decoded(logits[:count], self._next[:count], self._rows[:count])
 
+    def warm_up(self, max_length: int) -> None:
+        """Compiles and captures every pair of classes up to `max_length`, on padding rows alone."""
+        if not self._use_graphs:
+            return
+        nothing = np.zeros(0, np.int32)
+        for length in sorted({length_class(length) for length in range(1, max_length + 1)}):
+            for size in sorted({size_class(rows) for rows in range(1, self._padding + 1)}, reverse=True):
+                if (size, length) not in self._replays:
+                    self._set_rows(nothing, size)
+                    self._step(size, length)
+                    self._replays[size, length] = self._capture(size, length)
+
     def _set_rows(self, rows: Int32s, size: int) -> None:
         """Puts `rows` into the buffer, padded to `size`; nothing to do while they stay the same."""
         padded = np.full(size, self._padding, np.int64)

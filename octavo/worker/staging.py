@@ -56,6 +56,31 @@ class Uploader:
         return self._buffers[turn][:size]
 
 
+class StepClock:
+    """When a step began and ended on the device, and how long the device had been idle before it."""
+
+    def __init__(self, device: torch.device, before: StepClock | None) -> None:
+        self._begin: Any = None
+        self._end: Any = None
+        self._before_end: Any = None if before is None else before._end
+        if device.type == "cuda":
+            self._begin = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+            self._begin.record()
+
+    def end(self) -> None:
+        if self._begin is not None:
+            self._end = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+            self._end.record()
+
+    def seconds(self) -> tuple[float, float]:
+        """(busy, idle before) of a step that has ended on the device; zeros on a CPU."""
+        if self._end is None:
+            return 0.0, 0.0
+        self._end.synchronize()
+        idle = 0.0 if self._before_end is None else self._before_end.elapsed_time(self._begin)
+        return self._begin.elapsed_time(self._end) / 1000, max(idle, 0.0) / 1000
+
+
 class Download:
     """Tensors on their way to the host; `wait` returns them there."""
 

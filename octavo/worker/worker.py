@@ -27,7 +27,7 @@ from octavo.weights import load_weights
 from octavo.worker.decode import DecodeSteps
 from octavo.worker.layout import Layout, lay_out
 from octavo.worker.rows import RowState
-from octavo.worker.staging import Download, Uploader
+from octavo.worker.staging import Download, StepClock, Uploader
 
 Progress = Callable[[str, int, int], None]
 PROMPT_SLICE = 128
@@ -62,6 +62,7 @@ class Step:
     counts: Tensor | None
     """None: one token a row."""
     prompt_logprobs: dict[int, tuple[int, list[TokenLogprobs]]]
+    clock: StepClock
 
     def result(self) -> StepResult:
         tokens, *gathered = self.download.wait()
@@ -74,7 +75,8 @@ class Step:
             for i, (first, count) in enumerate(zip(self.first_sample, num_tokens, strict=True)):
                 if first in entries:
                     logprobs[i] = [entries[j] for j in range(first, first + int(count))]
-        return StepResult(tokens.numpy().astype(np.int32), num_tokens, logprobs, self.prompt_logprobs)
+        busy, idle = self.clock.seconds()
+        return StepResult(tokens.numpy().astype(np.int32), num_tokens, logprobs, self.prompt_logprobs, busy, idle)
 
 
 class Worker:
@@ -115,6 +117,7 @@ class Worker:
         self._kv = self._allocate_kv(getattr(torch, cache.dtype))
         self._prompts: dict[int, tuple[int, list[int]]] = {}
         """Rows that want prompt log-probabilities: how many a position, and the prompt."""
+        self._clock: StepClock | None = None
         self._decode: DecodeSteps | None = None
         if self._device.type == "cuda":
             self._decode = DecodeSteps(
@@ -129,6 +132,12 @@ class Worker:
                 graphs=self._graphs,
             )
 
+    def warm_up(self) -> None:
+        """Compiles and captures what decode steps of any size and length need, so that no step waits for it."""
+        if self._decode is not None:
+            with torch.inference_mode():
+                self._decode.warm_up(self.config.scheduler.max_model_len)
+
     def _allocate_kv(self, dtype: torch.dtype) -> tuple[KVCache, ...]:
         """Per layer the cache tensor of its place in its group: layer j of every group shares tensor j."""
         cache, facts = self.config.cache, self.config.model
@@ -140,6 +149,7 @@ class Worker:
     @torch.inference_mode()
     def forward(self, plan: Plan) -> Forward:
         """Applies the plan's changes and launches its forward pass."""
+        self._clock = StepClock(self._device, self._clock)
         for row in plan.retire:
             self._sampler.remove(row)
             self._prompts.pop(row, None)
@@ -210,15 +220,22 @@ class Worker:
                 forward.logits, rows, forward.positions, index=forward.rows[: len(rows)], last_token=last_token
             )
             self._sampler.observe(rows, samples.tokens)
-            download = Download([samples.tokens[:, None], *samples.gathered])
-            return Step(download, samples, list(range(len(rows))), None, self._prompt_logprobs(forward))
+            return self._step(forward, samples, [samples.tokens[:, None]], list(range(len(rows))), None)
         samples = self._sampler(forward.logits, np.repeat(rows, layout.repeats), forward.positions)
         first = np.cumsum(layout.repeats) - layout.repeats
         tokens, counts, last = self._verify(samples.tokens, first, plan, layout)
         last_token[forward.rows[: len(rows)]] = last
         self._sampler.observe(rows, last)
-        download = Download([tokens, *samples.gathered, counts])
-        return Step(download, samples, first.tolist(), counts, self._prompt_logprobs(forward))
+        return self._step(forward, samples, [tokens], first.tolist(), counts)
+
+    def _step(
+        self, forward: Forward, samples: Samples, tokens: list[Tensor], first: list[int], counts: Tensor | None
+    ) -> Step:
+        """Starts the results on their way to the host."""
+        download = Download([*tokens, *samples.gathered, *([] if counts is None else [counts])])
+        assert self._clock is not None
+        self._clock.end()
+        return Step(download, samples, first, counts, self._prompt_logprobs(forward), self._clock)
 
     def _verify(self, sampled: Tensor, first: Int32s, plan: Plan, layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
         """Per sampled row its tokens [S, K+1], how many of them count [S], and the last one [S]."""

@@ -161,6 +161,9 @@ class CountingEngine(EchoEngine):
         self.stats.kv_slots_owned += 4
         return super().step()
 
+    def warm_up(self) -> None:
+        pass
+
     def reset_prefix_cache(self) -> bool:
         self.resets += 1
         return True

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import os
-from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 from octavo.attention import AttnSpec, Batch, KVCache
 from octavo.config.kv import KVGroup
@@ -20,10 +18,9 @@ if torch.cuda.is_available():
 os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
 pytest.importorskip("triton")
 
+
 from octavo.attention.cuda import CudaAttention
-from octavo.kernels.cuda import attention_dense
 from octavo.kernels.cuda.attention_decode import DecodeConfig, decode
-from octavo.kernels.cuda.attention_dense import DenseRows, gather, merge
 from octavo.kernels.cuda.attention_prefill import PrefillConfig, prefill, tiles
 
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 4e-3}
@@ -96,65 +93,6 @@ def test_programs_cover_each_token_once_and_begin_with_the_longest_walk() -> Non
     assert listed.tolist() == [[2, 4], [2, 0], [3, 8], [3, 4], [3, 0]]
 
 
-def test_gathered_rows_are_dense_and_end_in_zeros() -> None:
-    cache = paged([20, 7, 31], 3, 16, dtype=torch.float32)
-    k, v = gather(cache.k, cache.v, cache.table, cache.rows, cache.seq_lens, 1, 2, 40)
-    for piece, row in enumerate((1, 2)):
-        length = int(cache.seq_lens[row])
-        at = torch.arange(length)
-        block = cache.table[cache.rows[row]][at // 16].long()
-        assert torch.equal(k[piece, :length], cache.k[block, at % 16])
-        assert torch.equal(v[piece, :length], cache.v[block, at % 16])
-        assert not k[piece, length:].any()
-        assert not v[piece, length:].any()
-
-
-def test_merged_parts_equal_attention_over_their_union() -> None:
-    scores, values = torch.randn(3, 6, 10) * 3, torch.randn(10, 3, 16)
-    parts = []
-    for keys in (slice(0, 4), slice(4, 10)):
-        part = torch.einsum("hqn,nhd->qhd", scores[:, :, keys].softmax(-1), values[keys]).contiguous()
-        parts += [part, scores[:, :, keys].logsumexp(-1)]
-    out = torch.full((4, 3, 16), float("nan"))
-    merge(parts[0], parts[1], parts[2], parts[3], out, 2)
-    truth = torch.einsum("hqn,nhd->qhd", scores.softmax(-1), values)
-    torch.testing.assert_close(out, truth[2:], rtol=0, atol=2e-6)
-
-
-@pytest.mark.parametrize(("cached", "q_len", "count"), [(0, 8, 2), (0, 11, 2), (5, 6, 1), (37, 11, 1), (32, 16, 1)])
-def test_dense_rows_are_padded_split_and_merged(
-    monkeypatch: pytest.MonkeyPatch, cached: int, q_len: int, count: int
-) -> None:
-    """cuDNN's part is taken by plain attention; what lies behind padded queries is NaN."""
-
-    def plain(
-        q: Tensor, k: Tensor, v: Tensor, scale: float, *, causal: bool, log_sum: bool = False
-    ) -> tuple[Tensor, Tensor]:
-        assert q.shape[1] % 8 == 0
-        sharing = q.shape[2] // k.shape[2]
-        k, v = k.repeat_interleave(sharing, 2), v.repeat_interleave(sharing, 2)
-        scores = torch.einsum("bqhd,bnhd->bhqn", q, k) * scale
-        if causal:
-            assert q.shape[1] == k.shape[1]
-            scores.masked_fill_(torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1), float("-inf"))
-        out = torch.einsum("bhqn,bnhd->bqhd", scores.softmax(-1), v)
-        return out.contiguous(), scores.logsumexp(-1)
-
-    monkeypatch.setattr(attention_dense, "cudnn", plain)
-    monkeypatch.setattr(attention_dense, "ROUND", 8)
-    monkeypatch.setattr(attention_dense, "ROUND_CACHED", 16)
-    queries = [3] + [q_len] * count
-    lens = [9] + [cached + q_len] * count
-    cache = paged(lens, 2, 16, dtype=torch.float32)
-    q = torch.randn(sum(queries), 4, 16)
-    out = torch.full_like(q, float("nan"))
-    part = attention_dense.DenseRows(1, count, 3, q_len, cached)
-    attention_dense.dense(q, cache.k, cache.v, cache.table, cache.rows, cache.seq_lens, part, out, 0.3)
-    truth = expected(q, cache, queries, 0.3)
-    torch.testing.assert_close(out[3:].double(), truth[3:], rtol=0, atol=2e-6)
-    assert out[:3].isnan().all()
-
-
 @pytest.mark.parametrize("window", [None, 24])
 @pytest.mark.parametrize("whole_tables", [False, True])
 def test_backend_runs_mixed_steps(window: int | None, whole_tables: bool) -> None:
@@ -167,29 +105,6 @@ def test_backend_runs_mixed_steps(window: int | None, whole_tables: bool) -> Non
     q = torch.randn(sum(queries), 4, 16)
     out = backend.run(q, batch.kv[0], backend.plan(batch, group), spec)
     torch.testing.assert_close(out.double(), expected(q, cache, queries, 0.3).flatten(1), rtol=0, atol=2e-6)
-
-
-def test_long_rows_are_dense_and_equal_fresh_neighbours_share_a_call() -> None:
-    spec = AttnSpec(32, 8, 128, 0.1, None, 16)
-    backend = CudaAttention(reference, (spec,), torch.device("cpu"), torch.bfloat16)
-    queries, cached = [1, 4096, 4096, 100, 4096, 4096, 4096, 5000], [9, 0, 0, 0, 0, 8192, 8192, 0]
-    lens = np.array(queries, np.int32) + np.array(cached, np.int32)
-    cache = paged([1] * 8, 1, 16, dtype=torch.float32)
-    batch = replace(batch_of(cache, queries, False), kv_lens=lens)
-    prefill_plan = backend.plan(batch, KVGroup(0, (0,), None)).prefill
-    assert prefill_plan is not None
-    assert prefill_plan.dense == (
-        DenseRows(1, 2, 1, 4096, 0),
-        DenseRows(4, 1, 8293, 4096, 0),
-        DenseRows(5, 1, 12389, 4096, 8192),
-        DenseRows(6, 1, 16485, 4096, 8192),
-        DenseRows(7, 1, 20581, 5000, 0),
-    )
-    assert prefill_plan.programs is not None
-    assert set(prefill_plan.programs[:, 0].tolist()) == {3}
-    windowed = backend.plan(batch, KVGroup(0, (0,), 64)).prefill
-    assert windowed is not None
-    assert windowed.dense == ()
 
 
 def batch_of(cache: Paged, queries: list[int], whole_tables: bool) -> Batch:

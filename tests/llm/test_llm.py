@@ -35,6 +35,9 @@ class ScriptedEngine(EchoEngine):
         self.on_step()
         return super().step()
 
+    def warm_up(self) -> None:
+        pass
+
     def reset_prefix_cache(self) -> bool:
         self.resets += 1
         return True

@@ -15,11 +15,11 @@ from itertools import product
 
 import numpy as np
 import torch
+from octavo.kernels.cuda.attention_dense import DenseRows
 from torch import Tensor
 
 from octavo.kernels.cuda import attention_decode, attention_dense, attention_hopper, attention_prefill
 from octavo.kernels.cuda.attention_decode import DecodeConfig
-from octavo.kernels.cuda.attention_dense import DenseRows
 from octavo.kernels.cuda.attention_prefill import PrefillConfig
 
 PAGE = 16

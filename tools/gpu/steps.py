@@ -50,7 +50,8 @@ def start(llm: LLM, rows: int, length: int, steps: int) -> None:
     for i in range(rows):
         tokens = [rng.randrange(10_000) for _ in range(length)]
         llm.engine.add(Request(f"{rows}-{i}", tokens, params, 0.0, whole=True))
-    while llm.engine.stats.generated_tokens < llm.engine.stats.prompt_tokens // length:
+    wanted = llm.engine.stats.generated_tokens + rows
+    while llm.engine.stats.generated_tokens < wanted:
         llm.engine.step()
     torch.cuda.synchronize()
 

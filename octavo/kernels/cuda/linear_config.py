@@ -45,7 +45,11 @@ def rows_class(m: int) -> int:
     return 1 << (m - 1).bit_length()
 
 
-TUNED: dict[tuple[int, int, int], Config | None] = {}
+TUNED: dict[tuple[int, int, int], Config | None] = {
+    (1, 6144, 4096): Config(1, 4, 2048, 8, 2),
+    (1, 4096, 14336): Config(1, 1, 512, 2, 4),
+    (16, 6144, 4096): Config(16, 64, 256, 4, 3),
+}
 """(rows class, N, K) of an [N, K] matrix -> its launch, or None for cuBLAS, where measured to beat `_rule`."""
 
 
