@@ -25,6 +25,9 @@ from octavo.core.facts import DeviceFacts, ModelFacts
 
 GIB = 1 << 30
 MAX_NUM_SEQS = 256
+MAX_NUM_SEQS_LARGE = 1024
+LARGE_GPU = 64 * GIB
+"""Memory from which a GPU holds the KV cache of more sequences."""
 MAX_NUM_BATCHED_TOKENS = {"cpu": 512, "cuda": 8192}
 """Enough tokens in a step to use the machine fully, few enough that decoding rows do not wait long."""
 RESERVE = {"cpu": GIB // 2, "cuda": GIB}
@@ -61,7 +64,7 @@ def resolve(args: EngineArgs, model: ModelFacts, device: DeviceFacts) -> tuple[E
     dtype, dtype_reason = _dtype(args, model, device)
     load_format, format_reason = _load_format(args, model)
     length, length_reason = _max_model_len(args, model)
-    seqs, seqs_reason = _max_num_seqs(args)
+    seqs, seqs_reason = _max_num_seqs(args, device)
     tokens, tokens_reason = _max_num_batched_tokens(args, device, seqs, length)
     overlap, overlap_reason = _overlap(args, device)
     memory = estimate_memory(args, model, device, dtype, seqs, tokens)
@@ -164,12 +167,14 @@ def _max_model_len(args: EngineArgs, model: ModelFacts) -> tuple[int, str]:
     return args.max_model_len, "as given"
 
 
-def _max_num_seqs(args: EngineArgs) -> tuple[int, str]:
+def _max_num_seqs(args: EngineArgs, device: DeviceFacts) -> tuple[int, str]:
+    large = device.kind == "cuda" and device.total_memory >= LARGE_GPU
+    default = MAX_NUM_SEQS_LARGE if large else MAX_NUM_SEQS
     if args.max_num_seqs is not None:
         return args.max_num_seqs, "as given"
-    if args.max_num_batched_tokens is not None and args.max_num_batched_tokens < MAX_NUM_SEQS:
+    if args.max_num_batched_tokens is not None and args.max_num_batched_tokens < default:
         return args.max_num_batched_tokens, "one for each token of a step"
-    return MAX_NUM_SEQS, "the default"
+    return default, "the default on a large GPU" if large else "the default"
 
 
 def _max_num_batched_tokens(args: EngineArgs, device: DeviceFacts, seqs: int, length: int) -> tuple[int, str]:

@@ -1,10 +1,11 @@
 """Steps of one token a row over fixed buffers, captured as CUDA graphs.
 
 A replay copies nothing: the graph begins with `prepare_decode`, which reads the rows' state and fills the buffers that
-the layers read. What varies between replays (rows, lengths, block tables) lies in device memory; what shapes the launch
-(number of rows, upper bound of lengths) is rounded up, and a graph is kept for each pair. Rows beyond the step's are
-the padding row. A pair's first steps run eagerly; capturing waits until the pair proves common, so it delays no first
-token. Owns the buffers and graphs, not the row state or the KV cache.
+the layers read. What varies between replays (rows, lengths, block tables) lies in device memory. The number of rows is
+rounded up to a size, and a graph is kept for each; rows beyond the step's are the padding row. The bound of lengths
+that shapes the launch is the longest that a sequence may get: kernels take the true lengths from the device, and
+tighter bounds measured no faster. A size's first steps run eagerly; capturing waits until it proves common, so it
+delays no first token. Owns the buffers and graphs, not the row state or the KV cache.
 """
 
 from __future__ import annotations
@@ -25,8 +26,7 @@ from octavo.worker.rows import RowState
 from octavo.worker.staging import Uploader
 
 EAGER_STEPS = 2
-"""Steps of a pair that run before it is captured; they also compile its kernels."""
-MIN_LENGTH_CLASS = 512
+"""Steps of a size that run before it is captured; they also compile its kernels."""
 
 
 class ForwardModel(Protocol):
@@ -54,10 +54,6 @@ def size_class(rows: int) -> int:
     return -(-rows // step) * step
 
 
-def length_class(length: int) -> int:
-    return max(MIN_LENGTH_CLASS, 1 << (length - 1).bit_length())
-
-
 class DecodeSteps:
     """Runs steps of up to `max_rows` rows. `graphs` False runs them all eagerly, over the same buffers."""
 
@@ -72,11 +68,12 @@ class DecodeSteps:
         kv: tuple[KVCache, ...],
         upload: Uploader,
         *,
+        max_length: int,
         graphs: bool = True,
     ) -> None:
         self._model, self._attention, self._kernels = model, attention, kernels
         self._groups, self._block_size, self._state, self._kv = groups, block_size, state, kv
-        self._upload = upload
+        self._upload, self._max_length = upload, max_length
         device = state.last_token.device
         self._padding = state.last_token.shape[0] - 1
         most = size_class(self._padding)
@@ -90,39 +87,35 @@ class DecodeSteps:
         self._starts = torch.arange(most + 1, dtype=torch.int32, device=device)
         self._current = np.zeros(0, np.int64)
         self._use_graphs = graphs and device.type == "cuda"
-        self._seen: dict[tuple[int, int], int] = {}
-        self._replays: dict[tuple[int, int], tuple[Callable[[], None], Tensor]] = {}
+        self._seen: dict[int, int] = {}
+        self._replays: dict[int, tuple[Callable[[], None], Tensor]] = {}
         self._pool = torch.cuda.graph_pool_handle() if self._use_graphs else None
 
-    def run(self, rows: Int32s, max_kv: int) -> Decoded:
-        """Computes the next token's logits of `rows` [B]; `max_kv` bounds their lengths after this step."""
+    def run(self, rows: Int32s) -> Decoded:
+        """Computes the next token's logits of `rows` [B]."""
         size = size_class(len(rows))
-        key = (size, length_class(max_kv))
         self._set_rows(rows, size)
-        if key in self._replays:
-            replay, logits = self._replays[key]
+        if size not in self._replays:
+            seen = self._seen[size] = self._seen.get(size, 0) + 1
+            if self._use_graphs and seen > EAGER_STEPS:
+                self._replays[size] = self._capture(size)
+        if size in self._replays:
+            replay, logits = self._replays[size]
             replay()
         else:
-            seen = self._seen[key] = self._seen.get(key, 0) + 1
-            if self._use_graphs and seen > EAGER_STEPS:
-                replay, logits = self._replays[key] = self._capture(*key)
-                replay()
-            else:
-                logits = self._step(*key)
+            logits = self._step(size)
         count = len(rows)
         return Decoded(logits[:count], self._next[:count], self._rows[:count])
 
-    def warm_up(self, max_length: int) -> None:
-        """Compiles and captures every pair of classes up to `max_length`, on padding rows alone."""
+    def warm_up(self) -> None:
+        """Compiles and captures every size, on padding rows alone."""
         if not self._use_graphs:
             return
-        nothing = np.zeros(0, np.int32)
-        for length in sorted({length_class(length) for length in range(1, max_length + 1)}):
-            for size in sorted({size_class(rows) for rows in range(1, self._padding + 1)}, reverse=True):
-                if (size, length) not in self._replays:
-                    self._set_rows(nothing, size)
-                    self._step(size, length)
-                    self._replays[size, length] = self._capture(size, length)
+        for size in sorted({size_class(rows) for rows in range(1, self._padding + 1)}, reverse=True):
+            if size not in self._replays:
+                self._set_rows(np.zeros(0, np.int32), size)
+                self._step(size)
+                self._replays[size] = self._capture(size)
 
     def _set_rows(self, rows: Int32s, size: int) -> None:
         """Puts `rows` into the buffer, padded to `size`; nothing to do while they stay the same."""
@@ -132,7 +125,7 @@ class DecodeSteps:
             self._rows[:size].copy_(self._upload(padded)[0])
             self._current = padded
 
-    def _step(self, size: int, max_kv: int) -> Tensor:
+    def _step(self, size: int) -> Tensor:
         state, rows = self._state, self._rows[:size]
         slots = self._slots[:, :size]
         self._kernels.prepare_decode(
@@ -158,9 +151,9 @@ class DecodeSteps:
             logits_at=self._index[:size],
             num_decode=size,
             max_q=1,
-            max_kv=max_kv,
+            max_kv=self._max_length,
             q_lens=np.ones(size, np.int32),
-            kv_lens=np.full(size, max_kv, np.int32),
+            kv_lens=np.full(size, self._max_length, np.int32),
             kv=self._kv,
             rows=rows,
             row_tables=tuple(state.tables),
@@ -168,14 +161,14 @@ class DecodeSteps:
         meta = tuple(self._attention.plan(batch, group) for group in self._groups)
         return self._model.logits(self._model(batch.with_meta(meta)))
 
-    def _capture(self, size: int, max_kv: int) -> tuple[Callable[[], None], Tensor]:
+    def _capture(self, size: int) -> tuple[Callable[[], None], Tensor]:
         graph = torch.cuda.CUDAGraph()
         current = torch.cuda.current_stream()
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(current)
         with torch.cuda.stream(stream):
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-            logits = self._step(size, max_kv)
+            logits = self._step(size)
             graph.capture_end()
         current.wait_stream(stream)
         return graph.replay, logits

@@ -129,14 +129,15 @@ class Worker:
                 self._rows,
                 self._kv,
                 self._upload,
+                max_length=scheduler.max_model_len,
                 graphs=self._graphs,
             )
 
     def warm_up(self) -> None:
-        """Compiles and captures what decode steps of any size and length need, so that no step waits for it."""
+        """Compiles and captures what decode steps of any size need, so that no step waits for it."""
         if self._decode is not None:
             with torch.inference_mode():
-                self._decode.warm_up(self.config.scheduler.max_model_len)
+                self._decode.warm_up()
 
     def _allocate_kv(self, dtype: torch.dtype) -> tuple[KVCache, ...]:
         """Per layer the cache tensor of its place in its group: layer j of every group shares tensor j."""
@@ -162,7 +163,7 @@ class Worker:
         self._rows.apply(plan, self._upload)
         if self._decode is not None and plan.num_decode == len(plan.rows):
             self._rows.host_computed[plan.rows] += 1
-            decoded = self._decode.run(plan.rows, int(self._rows.host_computed[plan.rows].max()))
+            decoded = self._decode.run(plan.rows)
             return Forward(plan, decoded.logits, decoded.positions, decoded.rows)
         layout = lay_out(plan, self._rows.host_computed)
         self._rows.host_computed[plan.rows] += layout.counts

@@ -83,7 +83,7 @@ def test_defaults_on_a_gpu() -> None:
     assert found.dtype == "bfloat16"
     assert found.scheduler.max_num_batched_tokens == 8192
     assert found.scheduler.overlap == 1
-    memory = estimate_memory(EngineArgs(), LARGE, GPU, "bfloat16", 256, 8192)
+    memory = estimate_memory(EngineArgs(), LARGE, GPU, "bfloat16", 1024, 8192)
     assert memory.budget == int(80 * GIB * 0.92)
     assert memory.weights == LARGE.num_parameters * 2
     page = page_bytes(LARGE, found.cache.groups, 16, "bfloat16")
@@ -203,7 +203,7 @@ def test_on_a_cpu_the_pool_grows_to_the_length_that_was_asked_for() -> None:
     ("device", "args"),
     [
         (GPU, {"gpu_memory_utilization": 0.3}),
-        (GPU, {"gpu_memory_utilization": 0.22, "max_num_batched_tokens": 512}),
+        (GPU, {"gpu_memory_utilization": 0.22, "max_num_batched_tokens": 512, "max_num_seqs": 256}),
         (free(36), {"max_model_len": 131072}),
     ],
 )

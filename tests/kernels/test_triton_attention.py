@@ -18,7 +18,6 @@ if torch.cuda.is_available():
 os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
 pytest.importorskip("triton")
 
-
 from octavo.attention.cuda import CudaAttention
 from octavo.kernels.cuda.attention_decode import DecodeConfig, decode
 from octavo.kernels.cuda.attention_prefill import PrefillConfig, prefill, tiles

@@ -1,8 +1,8 @@
-"""Times attention on the GPU over candidate launches: `python tools/gpu/attention.py [decode] [prefill] [plans]`.
+"""Times attention on the GPU over candidate launches: `python tools/gpu/attention.py [decode] [prefill]`.
 
 Decode: bytes of keys and values over time, against 4.6 TB/s, each shape in a CUDA graph of launches that walk through
 enough separate rows to leave no reuse in L2. Prefill: 4 * heads * dim operations for every visible pair of tokens,
-against 790 TFLOP/s. Plans: what cuDNN spends on a shape it has not seen, and the gather that its way needs.
+against 790 TFLOP/s; also what the host spends on planning a step and on each launch of it.
 """
 
 from __future__ import annotations
@@ -11,15 +11,15 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from itertools import product
+from itertools import islice, product
 
 import numpy as np
 import torch
-from octavo.kernels.cuda.attention_dense import DenseRows
 from torch import Tensor
 
-from octavo.kernels.cuda import attention_decode, attention_dense, attention_hopper, attention_prefill
+from octavo.kernels.cuda import attention_decode, attention_prefill
 from octavo.kernels.cuda.attention_decode import DecodeConfig
+from octavo.kernels.cuda.attention_hopper import Hopper
 from octavo.kernels.cuda.attention_prefill import PrefillConfig
 
 PAGE = 16
@@ -65,12 +65,10 @@ class Cache:
 
 def decode_candidates(rows: int, kv_heads: int, group: int, dim: int, length: int) -> Iterator[DecodeConfig]:
     yield attention_decode.config(rows, kv_heads, group, dim, length)
-    shapes = [(32, 2, 5), (64, 4, 3), (64, 4, 5), (64, 2, 5), (128, 4, 3)]
+    shapes = [(32, 2, 5), (64, 4, 3), (64, 4, 5)]
     base, most = max(1, 132 * 4 // (rows * kv_heads)), min(64, -(-length // 32))
-    splits = sorted(
-        {min(most, n) for n in (base, 2 * base, 4 * base)} | ({most // 2, most // 4} if base > most else set())
-    )
-    for (block_n, warps, stages), count, fused in product(shapes, splits, (False, True)):
+    splits = sorted({min(most, n) for n in (base, 2 * base, 4 * base)})
+    for count, (block_n, warps, stages), fused in product(splits, shapes, (True, False)):
         if count > 1 or not fused:
             yield DecodeConfig(block_n, warps, stages, count, fused)
 
@@ -104,7 +102,7 @@ def decode_table() -> None:
     ]:
         cache = Cache(rows, length, kv_heads, dim)
         q = torch.randn(rows, heads, dim, dtype=BF16, device="cuda")
-        launches = decode_candidates(rows, kv_heads, heads // kv_heads, dim, length)
+        launches = islice(decode_candidates(rows, kv_heads, heads // kv_heads, dim, length), 12)
         results = [(time_decode(cache, q, launch), _short(launch), launch) for launch in launches]
         best = sorted(results[1:], key=lambda r: r[0])[:3]
         lines = [results[0][:2], *(r[:2] for r in best)]
@@ -129,105 +127,82 @@ def _short(launch: DecodeConfig) -> str:
     return f"n{launch.block_n} w{launch.num_warps} s{launch.num_stages} splits {launch.splits} {merged}"
 
 
+class Rows:
+    """Rows of new tokens after cached ones, in shuffled pages, and what the kernels take of them."""
+
+    def __init__(self, heads: int, kv_heads: int, dim: int, new: list[int], cached: int) -> None:
+        self.kv_heads, self.new, self.lens = kv_heads, np.array(new, np.int32), np.array(new, np.int32) + cached
+        cache = Cache(len(new), int(self.lens.max()), kv_heads, dim)
+        q = torch.randn(sum(new), heads, dim, dtype=BF16, device="cuda")
+        starts = torch.tensor([0, *np.cumsum(self.new)], dtype=torch.int32, device="cuda")
+        lens = torch.from_numpy(self.lens).cuda()
+        self.before = (q, cache.k, cache.v, cache.table, cache.rows[0], starts, lens)
+        self.out = torch.empty_like(q)
+        pairs = (self.new.astype(float) * cached + self.new * (self.new + 1.0) / 2).sum()
+        self.operations = 4 * heads * dim * pairs
+
+    def items(self, tokens: int) -> Tensor:
+        listed = attention_prefill.tiles(np.arange(len(self.new)), self.new, self.lens, tokens)
+        return attention_prefill.upload(listed, self.out.device)
+
+
 def prefill_table() -> None:
-    print("prefill: rows x new (+ cached) heads/kv/dim | us TFLOP/s %")
-    for shape in [
-        (32, 8, 128, 8, 1024, 0),
-        (32, 8, 128, 4, 2048, 0),
-        (32, 8, 128, 2, 4096, 0),
-        (32, 8, 128, 1, 16384, 0),
-        (32, 8, 128, 1, 8192, 8192),
-        (32, 8, 128, 1, 8161, 8200),
-        (32, 8, 64, 2, 4096, 0),
-        (16, 8, 128, 16, 550, 0),
+    print("prefill: new tokens (+ cached) heads/kv/dim | us TFLOP/s %")
+    mix = np.random.default_rng(0).integers(100, 1025, 16).tolist()
+    for heads, kv_heads, dim, new, cached, name in [
+        (32, 8, 128, [1024] * 8, 0, "8 x 1024"),
+        (32, 8, 128, [4096] * 2, 0, "2 x 4096"),
+        (32, 8, 128, [16384], 0, "1 x 16384"),
+        (32, 8, 128, [8192], 8192, "1 x 8192 + 8192"),
+        (32, 8, 128, mix, 0, "16 of 100..1024"),
+        (16, 8, 128, mix, 0, "16 of 100..1024"),
+        (16, 8, 128, [550] * 16, 0, "16 x 550"),
+        (32, 8, 128, [128] * 64, 0, "64 x 128"),
+        (16, 8, 128, [128] * 64, 0, "64 x 128"),
+        (32, 8, 128, [5] * 32, 1152, "32 x 5 + 1152"),
+        (32, 8, 64, [1024] * 8, 0, "8 x 1024"),
     ]:
-        heads, kv_heads, dim, rows, new, cached = shape
-        operations = 4 * heads * dim * rows * (new * cached + new * (new + 1) / 2)
-        print(f"{rows} x {new} + {cached} {heads}/{kv_heads}/{dim}")
-        for name, us in prefill_times(*shape):
-            rate = operations / us / 1e6
-            print(f"  {name:42} {us:9.1f} {rate:6.0f} {rate / 790:4.0%}")
+        rows = Rows(heads, kv_heads, dim, new, cached)
+        print(f"{name} {heads}/{kv_heads}/{dim}")
+        for way, run in prefill_ways(rows, heads // kv_heads, dim):
+            us = microseconds([run] * 4)
+            rate = rows.operations / us / 1e6
+            print(f"  {way:30} {us:9.1f} {rate:6.0f} {rate / 790:4.0%}")
+        if name == "64 x 128":
+            _print_host_cost(rows, heads // kv_heads, dim)
 
 
-def prefill_times(heads: int, kv_heads: int, dim: int, rows: int, new: int, cached: int) -> Iterator[tuple[str, float]]:
-    cache = Cache(rows, new + cached, kv_heads, dim)
-    q = torch.randn(rows * new, heads, dim, dtype=BF16, device="cuda")
-    out = torch.empty_like(q)
-    starts = torch.arange(rows + 1, dtype=torch.int32, device="cuda") * new
-    news, lens = np.full(rows, new, np.int32), np.full(rows, new + cached, np.int32)
-    for launch in [
-        PrefillConfig(128, 64, 8, 3),
-        PrefillConfig(128, 64, 8, 5),
-        PrefillConfig(128, 128, 8, 3),
-        PrefillConfig(64, 64, 4, 3),
-    ]:
-        listed = attention_prefill.tiles(np.arange(rows), news, lens, launch.block_m // (heads // kv_heads))
-        run: Callable[[], object] = partial(
-            attention_prefill.prefill, q, cache.k, cache.v, cache.table, cache.rows[0], starts, cache.seq_lens,
-            torch.from_numpy(listed).cuda(), out, launch, scale=0.1,
-        )  # fmt: skip
-        yield (
-            f"paged m{launch.block_m} n{launch.block_n} w{launch.num_warps} s{launch.num_stages}",
-            microseconds([run] * 3),
-        )
-    if new >= 1024:
-        part = DenseRows(0, rows, 0, new, cached)
-        for way in ("cudnn", "hopper"):
-            run = partial(
-                attention_dense.dense,
-                q,
-                cache.k,
-                cache.v,
-                cache.table,
-                cache.rows[0],
-                cache.seq_lens,
-                part,
-                out,
-                0.1,
-                way,
+def prefill_ways(rows: Rows, group: int, dim: int) -> Iterator[tuple[str, Callable[[], object]]]:
+    for pdl in (False, True):
+        for turns in (True, False):
+            kernel = Hopper(rows.kv_heads * group, rows.kv_heads, rows.out.device)
+            if not turns:
+                kernel.programs = 1 << 20
+            listed = rows.items(kernel.tokens)
+            yield (
+                f"hopper{'' if turns else ', a program an item'}{' +PDL' if pdl else ''}",
+                partial(kernel.prefill, *rows.before, listed, rows.out, scale=0.1, pdl=pdl),
             )
-            yield f"{way} with gather and all else", microseconds([run] * 3)
-    k, v = (torch.randn(rows, new + cached, kv_heads, dim, dtype=BF16, device="cuda") for _ in range(2))
-    for block_n, stages in ((128, 2), (64, 3), (64, 4)):
-        run = partial(attention_hopper.hopper, q, k, v, out, 0, new, cached, 0.1, block_n=block_n, stages=stages)
-        yield f"hopper alone n{block_n} s{stages}", microseconds([run] * 3)
-    if not cached:
-        run = partial(attention_dense.cudnn, q.view(rows, new, heads, dim), k, v, 0.1, causal=True)
-        yield "cuDNN alone", microseconds([run] * 3)
+    launch: PrefillConfig = attention_prefill.config(int(rows.new.max()), group, dim)
+    listed = rows.items(launch.block_m // group)
+    yield "portable", partial(attention_prefill.prefill, *rows.before, listed, rows.out, launch, scale=0.1)
 
 
-def plan_table() -> None:
-    heads, kv_heads, dim = 32, 8, 128
-    for causal in (True, False):
-        costs = []
-        for length in (2560, 3072, 3584, 4608, 5120, 6656, 9216, 12800):
-            q = torch.randn(1, length, heads, dim, dtype=BF16, device="cuda")
-            k = torch.randn(1, length, kv_heads, dim, dtype=BF16, device="cuda")
-            walls = []
-            for _ in range(2):
-                torch.cuda.synchronize()
-                begin = time.perf_counter()
-                attention_dense.cudnn(q, k, k, 0.1, causal=causal, log_sum=not causal)
-                torch.cuda.synchronize()
-                walls.append((time.perf_counter() - begin) * 1e3)
-            costs.append(walls[0] - walls[1])
-        print(f"cuDNN, new shapes, causal={causal}, ms over a known one: " + " ".join(f"{cost:.1f}" for cost in costs))
-    for length in (4096, 16384):
-        cache = Cache(1, length, kv_heads, dim)
-        launches = [
-            partial(
-                attention_dense.gather, cache.k, cache.v, cache.table, cache.rows[i % cache.copies], cache.seq_lens,
-                0, 1, length,
-            )
-            for i in range(8)
-        ]  # fmt: skip
-        us = microseconds(launches)
-        size = 2 * 2 * length * kv_heads * dim * 2
-        print(f"gather of {length} tokens: {us:.1f} us, {size / us / 1e6:.2f} TB/s (read and written)")
+def _print_host_cost(rows: Rows, group: int, dim: int) -> None:
+    kernel = Hopper(rows.kv_heads * group, rows.kv_heads, rows.out.device)
+    steps: dict[str, Callable[[], object]] = {"plan": partial(rows.items, kernel.tokens)}
+    steps.update(item for item in prefill_ways(rows, group, dim) if item[0] in ("hopper", "portable"))
+    for name, step in steps.items():
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        for _ in range(200):
+            step()
+        print(f"  host: {name:24} {(time.perf_counter() - begin) * 5e3:9.1f}")
+    torch.cuda.synchronize()
 
 
 def main(sections: list[str]) -> None:
-    tables = {"plans": plan_table, "prefill": prefill_table, "decode": decode_table}
+    tables = {"prefill": prefill_table, "decode": decode_table}
     print(torch.cuda.get_device_name(), torch.__version__)
     for name in sections or list(tables):
         begin = time.perf_counter()
