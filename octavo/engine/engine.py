@@ -17,7 +17,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from octavo.cache import CacheManager
 from octavo.config.engine import EngineConfig
@@ -25,6 +25,9 @@ from octavo.core.errors import EngineDead
 from octavo.core.plan import Plan, StepResult
 from octavo.core.request import Delta, Request, Stats
 from octavo.scheduler import Constraint, Proposer, Scheduler
+
+if TYPE_CHECKING:
+    from octavo.worker import Worker
 
 Progress = Callable[[str, int, int], None]
 logger = logging.getLogger("octavo")
@@ -55,10 +58,12 @@ class Executor(Protocol):
 class InlineExecutor:
     """One rank, in this process."""
 
-    def __init__(self, config: EngineConfig) -> None:
-        from octavo.worker import Worker
+    def __init__(self, config: EngineConfig, worker: Worker | None = None) -> None:
+        if worker is None:
+            from octavo.worker import Worker
 
-        self._worker = Worker(config)
+            worker = Worker(config)
+        self._worker = worker
 
     def load(self, progress: Progress | None = None) -> None:
         self._worker.load(progress)

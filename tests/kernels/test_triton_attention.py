@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,7 +19,9 @@ if torch.cuda.is_available():
 os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
 pytest.importorskip("triton")
 
+from octavo.attention import cuda
 from octavo.attention.cuda import CudaAttention
+from octavo.kernels.cuda import attention_prefill
 from octavo.kernels.cuda.attention_decode import DecodeConfig, decode
 from octavo.kernels.cuda.attention_prefill import PrefillConfig, prefill, tiles
 
@@ -104,6 +107,21 @@ def test_backend_runs_mixed_steps(window: int | None, whole_tables: bool) -> Non
     q = torch.randn(sum(queries), 4, 16)
     out = backend.run(q, batch.kv[0], backend.plan(batch, group), spec)
     torch.testing.assert_close(out.double(), expected(q, cache, queries, 0.3).flatten(1), rtol=0, atol=2e-6)
+
+
+def test_hoppers_kernel_is_planned_unless_a_window_hides_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "_load_hopper", lambda *_: SimpleNamespace(tokens=32))
+    spec = AttnSpec(32, 8, 128, 0.1, None, 16)
+    backend = CudaAttention(reference, (spec,), torch.device("cpu"), torch.bfloat16)
+    batch = batch_of(paged([9, 100, 7], 1, 16, dtype=torch.float32), [1, 70, 7], False)
+    for window in (None, 100):
+        plan = backend.plan(batch, KVGroup(0, (0,), window)).prefill
+        assert plan is not None
+        assert plan.launch is None
+        assert plan.programs.tolist() == [[1, 64], [1, 32], [1, 0], [2, 0]]
+    plan = backend.plan(batch, KVGroup(0, (0,), 99)).prefill
+    assert plan is not None
+    assert plan.launch == attention_prefill.config(70, 4, 128)
 
 
 def batch_of(cache: Paged, queries: list[int], whole_tables: bool) -> Batch:

@@ -56,9 +56,10 @@ def write_tiny(kind: str, folder: Path, **shape: int) -> PreTrainedModel:
 
 
 def tiny_config(folder: Path, **changes: Any) -> EngineConfig:
-    """A float64 engine for the model in `folder`; `changes` are fields of EngineArgs."""
-    args = EngineArgs(model=str(folder), dtype="float64", device="cpu", **changes)
-    return resolve(args, read_facts(folder), detect_device("cpu"))[0]
+    """An engine for the model in `folder`; float64 on the CPU unless `changes`, fields of EngineArgs, say otherwise."""
+    given = {"dtype": "float64", "device": "cpu"} | changes
+    args = EngineArgs(model=str(folder), **given)
+    return resolve(args, read_facts(folder), detect_device(args.device))[0]
 
 
 class Naive:

@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from octavo.core.errors import ConfigError
+from octavo.kernels.cpu import quant_linear
+from octavo.quant import Dense, scheme_for
+
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+
+
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quant_linear, "available", lambda: None)
+
+
+@pytest.fixture
+def not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quant_linear, "available", lambda: "no C compiler found")
+
+
+def name(quantization: Any, files: Any, device_kind: str, dtype: torch.dtype) -> str:
+    return type(scheme_for(quantization, files=files, device_kind=device_kind, dtype=dtype)).__name__
+
+
+@pytest.mark.usefixtures("compiled")
+@pytest.mark.parametrize(
+    ("quantization", "files", "device", "dtype", "chosen"),
+    [
+        ("auto", "gguf", "cpu", F32, "GGUF"),
+        ("auto", "gguf", "cpu", BF16, "GGUF"),
+        ("auto", "gguf", "cpu", F16, "Dense"),
+        ("auto", "gguf", "cuda", BF16, "Dense"),
+        ("auto", "safetensors", "cpu", BF16, "Dense"),
+        ("auto", "none", "cpu", F32, "Dense"),
+        ("none", "gguf", "cpu", F32, "Dense"),
+        ("int8", "gguf", "cpu", F32, "Int8"),
+        ("int8", "safetensors", "cpu", BF16, "Int8"),
+    ],
+)
+def test_choice(quantization: str, files: str, device: str, dtype: torch.dtype, chosen: str) -> None:
+    assert name(quantization, files, device, dtype) == chosen
+
+
+@pytest.mark.usefixtures("not_compiled")
+def test_without_a_compiler() -> None:
+    assert isinstance(scheme_for("auto", files="gguf", device_kind="cpu", dtype=F32), Dense)
+    with pytest.raises(ConfigError, match="no C compiler found"):
+        scheme_for("int8", files="safetensors", device_kind="cpu", dtype=F32)
+
+
+@pytest.mark.usefixtures("compiled")
+@pytest.mark.parametrize(
+    ("files", "device", "dtype", "message"),
+    [("gguf", "cuda", BF16, "not cuda"), ("gguf", "cpu", F16, "float16"), ("none", "cpu", F32, "random")],
+)
+def test_int8_is_refused_by_reason(files: str, device: str, dtype: torch.dtype, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        name("int8", files, device, dtype)
