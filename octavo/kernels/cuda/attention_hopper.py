@@ -104,6 +104,7 @@ def _copy(
         pages = table + line * table_stride
         end = cached + gl.minimum(first + TOKENS, count)
         blocks = gl.cdiv(end, BLOCK_N)
+        # The last page reaches beyond the row's tokens.
         ragged = (end % PAGE != 0) & (gl.cdiv(end, PAGE) * PAGE > cached + count)
         for j in range(blocks):
             slot = (done + j) % STAGES
@@ -206,7 +207,6 @@ def _rows_at(
     first: gl.tensor,
     begin: gl.tensor,
     count: gl.tensor,
-    kv_heads: gl.tensor,
     stride: gl.tensor,
     GROUP: gl.constexpr,
     DIM: gl.constexpr,
@@ -247,7 +247,7 @@ def _consume(
     total, kv_heads, items, q_start, seq_lens = listed
     done = 0
     _row, head, first, begin, count, cached = _item(0, total, kv_heads, items, q_start, seq_lens)
-    at, real = _rows_at(head, first + SKIPPED, begin, count, kv_heads, q_stride, GROUP, DIM, PLAIN)
+    at, real = _rows_at(head, first + SKIPPED, begin, count, q_stride, GROUP, DIM, PLAIN)
     query = gl.load(q + at, mask=real, other=0.0)
     for turn in range(turns):
         _row, next_head, next_first, next_begin, next_count, next_cached = _item(
@@ -287,15 +287,13 @@ def _consume(
         slot = (done - 1) % STAGES
         mbarrier.wait(v_full.index(slot), (done - 1) // STAGES & 1)
         acc = warpgroup_mma(weight, v_smem.index(slot), acc, is_async=True)
-        at, real = _rows_at(
-            next_head, next_first + SKIPPED, next_begin, next_count, kv_heads, q_stride, GROUP, DIM, PLAIN
-        )
+        at, real = _rows_at(next_head, next_first + SKIPPED, next_begin, next_count, q_stride, GROUP, DIM, PLAIN)
         query = gl.load(q + at, mask=real, other=0.0)
         acc, _weight = warpgroup_mma_wait(0, deps=[acc, weight])
         gl.thread_barrier()
         mbarrier.arrive(v_empty.index(slot), count=1)
         acc = acc / gl.convert_layout(sums, gl.SliceLayout(1, OUT))[:, None]
-        at, real = _rows_at(head, first + SKIPPED, begin, count, kv_heads, kv_heads * GROUP * DIM, GROUP, DIM, PLAIN)
+        at, real = _rows_at(head, first + SKIPPED, begin, count, kv_heads * GROUP * DIM, GROUP, DIM, PLAIN)
         gl.store(out + at, gl.convert_layout(acc.to(out.dtype.element_ty), PLAIN), mask=real)
         head, first, begin, count, cached = next_head, next_first, next_begin, next_count, next_cached
 
