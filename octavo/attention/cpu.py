@@ -9,7 +9,6 @@ from __future__ import annotations
 import ctypes
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from octavo.attention import reference
@@ -43,7 +42,7 @@ class CpuAttention:
 
     def plan(self, batch: Batch, group: KVGroup) -> Meta | reference.Meta:
         spec, cache = self._spec, batch.kv[group.layers[0]]
-        if spec.head_dim > MAX_DIM or not dense(cache.k, cache.v) or cache.k.dtype != cache.v.dtype:
+        if spec.head_dim > MAX_DIM or not (dense(cache.k) and dense(cache.v)) or cache.k.dtype != cache.v.dtype:
             return self._reference.plan(batch, group)
         table, lines = batch.tables, None
         if batch.row_tables is not None and batch.rows is not None:
@@ -89,7 +88,7 @@ class CpuAttention:
         if q.stride(2) != 1 or q.stride(1) != spec.head_dim:
             q = q.contiguous()
         meta.step.half_q = HALF[q.dtype]
-        out = torch.empty((q.shape[0], spec.num_heads * spec.head_dim), dtype=q.dtype)
+        out = q.new_empty((q.shape[0], spec.num_heads * spec.head_dim))
         if functions().attention(
             meta.address,
             q.data_ptr(),

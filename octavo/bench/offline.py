@@ -51,8 +51,7 @@ def throughput(namespace: argparse.Namespace) -> int:
         for workload in workloads:
             check_fits(workload, llm.config.scheduler.max_model_len)
         llm.warm_up()
-        longest = llm.config.scheduler.max_model_len - 4 if llm.config.device.kind == "cuda" else 8
-        _generate(llm, uniform("warmup", 2, longest, 4), args.seed, namespace.temperature)
+        _generate(llm, _warmup(llm.config), args.seed, namespace.temperature)
         limits = measure_limits(llm.config.device.kind, llm.config.dtype)
         results = [
             measure(llm, workload, args.seed, namespace.temperature, limits, sequential=sequential)
@@ -61,6 +60,14 @@ def throughput(namespace: argparse.Namespace) -> int:
     print(table(THROUGHPUT_COLUMNS, results))
     emit(results, namespace.output_json)
     return 0
+
+
+def _warmup(config: EngineConfig) -> Workload:
+    """On a GPU enough to fill a step and go on, so that every library has loaded its kernels; else next to nothing."""
+    if config.device.kind == "cpu":
+        return uniform("warmup", 1, 8, 4)
+    longest = config.scheduler.max_model_len - 4
+    return uniform("warmup", config.scheduler.max_num_batched_tokens // longest + 2, longest, 4)
 
 
 def latency(namespace: argparse.Namespace) -> int:

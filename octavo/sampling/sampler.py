@@ -132,25 +132,38 @@ class Sampler:
             if len(transform):
                 transform.observe(rows, tokens)
 
-    def _choose(
-        self, logits: Tensor, rows: Rows, positions: Tensor, index: Tensor | None, last_token: Tensor | None
-    ) -> Tensor:
+    def is_plain(self, rows: Rows) -> bool:
+        """Whether these rows need no more than `draw`: no transform, no log-probabilities."""
+        return not any(map(len, self._transforms)) and not (self._logprobs[rows] >= 0).any()
+
+    def is_filtered(self, rows: Rows) -> bool:
+        """Whether any of these rows has top_k, top_p or min_p."""
+        return bool(self._filtered[rows].any())
+
+    def refresh(self) -> None:
+        """Brings the parameters of rows added since the last call to the device."""
         if self._stale:
             stale = np.array(sorted(self._stale))
             at = upload(stale, self._device)
             for name, array in self._host.items():
                 self._state[name][at] = upload(array[stale], self._device)
             self._stale.clear()
+
+    def draw(
+        self, logits: Tensor, index: Tensor, positions: Tensor, *, filtered: bool, last_token: Tensor | None = None
+    ) -> Tensor:
+        """The draw alone, from `refresh`ed parameters: all on the device, so it can be captured. int64 [S]."""
+        return self._kernels.sample_rows(
+            logits, index, **self._state, position=positions, filtered=filtered, last_token=last_token
+        )
+
+    def _choose(
+        self, logits: Tensor, rows: Rows, positions: Tensor, index: Tensor | None, last_token: Tensor | None
+    ) -> Tensor:
+        self.refresh()
         if index is None:
             index = upload(rows.astype(np.int64), self._device)
-        return self._kernels.sample_rows(
-            logits,
-            index,
-            **self._state,
-            position=positions,
-            filtered=bool(self._filtered[rows].any()),
-            last_token=last_token,
-        )
+        return self.draw(logits, index, positions, filtered=self.is_filtered(rows), last_token=last_token)
 
 
 def prompt_logprobs(logits: Tensor, targets: Tensor, k: int, kernels: Kernels = reference) -> list[TokenLogprobs]:

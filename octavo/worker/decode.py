@@ -22,6 +22,7 @@ from octavo.attention import AttentionBackend, Batch, KVCache
 from octavo.config.kv import KVGroup
 from octavo.core.plan import Int32s
 from octavo.kernels import Kernels
+from octavo.sampling import Sampler
 from octavo.worker.rows import RowState
 from octavo.worker.staging import Uploader
 
@@ -67,13 +68,14 @@ class DecodeSteps:
         state: RowState,
         kv: tuple[KVCache, ...],
         upload: Uploader,
+        sampler: Sampler,
         *,
         max_length: int,
         graphs: bool = True,
     ) -> None:
         self._model, self._attention, self._kernels = model, attention, kernels
         self._groups, self._block_size, self._state, self._kv = groups, block_size, state, kv
-        self._upload, self._max_length = upload, max_length
+        self._upload, self._sampler, self._max_length = upload, sampler, max_length
         device = state.last_token.device
         self._padding = state.last_token.shape[0] - 1
         most = size_class(self._padding)
@@ -89,6 +91,7 @@ class DecodeSteps:
         self._use_graphs = graphs and device.type == "cuda"
         self._seen: dict[int, int] = {}
         self._replays: dict[int, tuple[Callable[[], None], Tensor]] = {}
+        self._draws: dict[tuple[int, bool], tuple[Callable[[], None], Tensor]] = {}
         self._pool = torch.cuda.graph_pool_handle() if self._use_graphs else None
 
     def run(self, rows: Int32s) -> Decoded:
@@ -107,15 +110,40 @@ class DecodeSteps:
         count = len(rows)
         return Decoded(logits[:count], self._next[:count], self._rows[:count])
 
+    def draw(self, rows: Int32s) -> Tensor | None:
+        """Draws the tokens [B] of the step that `run` has just replayed, and leaves them in the row state as well.
+
+        None when the step ran eagerly or a row asks for more than the plain draw. The next step overwrites the result.
+        """
+        size = size_class(len(rows))
+        if size not in self._replays or not self._sampler.is_plain(rows):
+            return None
+        self._sampler.refresh()
+        key = (size, self._sampler.is_filtered(rows))
+        if key not in self._draws:
+            logits = self._replays[size][1]
+            self._draw(logits, *key)  # compiles; the capture below only records
+            self._draws[key] = self._record(lambda: self._draw(logits, *key))
+        replay, tokens = self._draws[key]
+        replay()
+        return tokens[: len(rows)]
+
+    def _draw(self, logits: Tensor, size: int, filtered: bool) -> Tensor:
+        last_token = self._state.last_token
+        rows, positions = self._rows[:size], self._next[:size]
+        return self._sampler.draw(logits, rows, positions, filtered=filtered, last_token=last_token)
+
     def warm_up(self) -> None:
         """Compiles and captures every size, on padding rows alone."""
         if not self._use_graphs:
             return
+        nothing = np.zeros(0, np.int32)
         for size in sorted({size_class(rows) for rows in range(1, self._padding + 1)}, reverse=True):
             if size not in self._replays:
-                self._set_rows(np.zeros(0, np.int32), size)
+                self._set_rows(nothing, size)
                 self._step(size)
                 self._replays[size] = self._capture(size)
+            self.draw(np.full(size, self._padding, np.int32))
 
     def _set_rows(self, rows: Int32s, size: int) -> None:
         """Puts `rows` into the buffer, padded to `size`; nothing to do while they stay the same."""
@@ -162,13 +190,17 @@ class DecodeSteps:
         return self._model.logits(self._model(batch.with_meta(meta)))
 
     def _capture(self, size: int) -> tuple[Callable[[], None], Tensor]:
+        return self._record(lambda: self._step(size))
+
+    def _record(self, work: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+        """Captures `work`; what replays it, and the tensor that it returns."""
         graph = torch.cuda.CUDAGraph()
         current = torch.cuda.current_stream()
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(current)
         with torch.cuda.stream(stream):
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-            logits = self._step(size)
+            result = work()
             graph.capture_end()
         current.wait_stream(stream)
-        return graph.replay, logits
+        return graph.replay, result

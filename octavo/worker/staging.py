@@ -6,6 +6,7 @@ Owns pinned buffers and the events that say when they are free. On a CPU it is n
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -81,21 +82,41 @@ class StepClock:
         return self._begin.elapsed_time(self._end) / 1000, max(idle, 0.0) / 1000
 
 
+@dataclass(frozen=True)
 class Download:
-    """Tensors on their way to the host; `wait` returns them there."""
+    """Tensors on their way to the host; `wait` returns them there, valid until `DEPTH` further downloads."""
 
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
-        self._event: Any = None
-        if not tensors or tensors[0].device.type == "cpu":
-            self._host = list(tensors)
-            return
-        self._host = [torch.empty(t.shape, dtype=t.dtype, pin_memory=True) for t in tensors]
-        for host, tensor in zip(self._host, tensors, strict=True):
-            host.copy_(tensor, non_blocking=True)
-        self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        self._event.record()
+    host: list[Tensor]
+    event: Any
 
     def wait(self) -> list[Tensor]:
-        if self._event is not None:
-            self._event.synchronize()
-        return self._host
+        if self.event is not None:
+            self.event.synchronize()
+        return self.host
+
+
+class Downloader:
+    """Copies tensors to the host without waiting, into pinned buffers that are used in turn."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._buffers: list[Tensor] = [torch.empty(0, dtype=torch.uint8)] * DEPTH
+        self._events: list[Any] = []
+        if device.type == "cuda":
+            self._events = [torch.cuda.Event() for _ in range(DEPTH)]  # type: ignore[no-untyped-call]
+        self._turn = 0
+
+    def __call__(self, tensors: Sequence[Tensor]) -> Download:
+        if self._device.type == "cpu":
+            return Download(list(tensors), None)
+        self._turn = turn = (self._turn + 1) % DEPTH
+        sizes = [-(-tensor.nbytes // _ALIGN) * _ALIGN for tensor in tensors]
+        if self._buffers[turn].numel() < sum(sizes):
+            self._buffers[turn] = torch.empty(max(2 * sum(sizes), 1 << 16), dtype=torch.uint8, pin_memory=True)
+        host, start = [], 0
+        for tensor, size in zip(tensors, sizes, strict=True):
+            place = self._buffers[turn][start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+            host.append(place.copy_(tensor, non_blocking=True))
+            start += size
+        self._events[turn].record()
+        return Download(host, self._events[turn])

@@ -27,7 +27,7 @@ from octavo.weights import load_weights
 from octavo.worker.decode import DecodeSteps
 from octavo.worker.layout import Layout, lay_out
 from octavo.worker.rows import RowState
-from octavo.worker.staging import Download, StepClock, Uploader
+from octavo.worker.staging import Download, Downloader, StepClock, Uploader
 
 Progress = Callable[[str, int, int], None]
 PROMPT_SLICE = 128
@@ -109,7 +109,7 @@ class Worker:
         )
         load_weights(self._model, facts, load_format=config.load_format, seed=config.seed, progress=progress)
         max_blocks = blocks_for(scheduler.max_model_len, cache.block_size)
-        self._upload = Uploader(self._device)
+        self._upload, self._download = Uploader(self._device), Downloader(self._device)
         self._rows = RowState(scheduler.max_num_seqs, max_blocks, len(cache.groups), self._device)
         self._sampler = Sampler(
             facts.vocab_size, scheduler.max_num_seqs, facts.eos_token_ids, self._kernels, self._device
@@ -129,6 +129,7 @@ class Worker:
                 self._rows,
                 self._kv,
                 self._upload,
+                self._sampler,
                 max_length=scheduler.max_model_len,
                 graphs=self._graphs,
             )
@@ -217,8 +218,13 @@ class Worker:
         rows = plan.rows[: plan.num_sampled]
         last_token = self._rows.last_token
         if layout is None or not plan.num_drafted:
-            samples = self._sampler(
-                forward.logits, rows, forward.positions, index=forward.rows[: len(rows)], last_token=last_token
+            drawn = self._decode.draw(rows) if layout is None and self._decode is not None else None
+            samples = (
+                Samples(drawn)
+                if drawn is not None
+                else self._sampler(
+                    forward.logits, rows, forward.positions, index=forward.rows[: len(rows)], last_token=last_token
+                )
             )
             self._sampler.observe(rows, samples.tokens)
             return self._step(forward, samples, [samples.tokens[:, None]], list(range(len(rows))), None)
@@ -233,7 +239,7 @@ class Worker:
         self, forward: Forward, samples: Samples, tokens: list[Tensor], first: list[int], counts: Tensor | None
     ) -> Step:
         """Starts the results on their way to the host."""
-        download = Download([*tokens, *samples.gathered, *([] if counts is None else [counts])])
+        download = self._download([*tokens, *samples.gathered, *([] if counts is None else [counts])])
         assert self._clock is not None
         self._clock.end()
         return Step(download, samples, first, counts, self._prompt_logprobs(forward), self._clock)

@@ -44,6 +44,23 @@ def test_linear(dtype: torch.dtype, weight_type: torch.dtype) -> None:
         close(found, reference.linear(x.double(), weight.double(), None if b is None else b.double()), dtype)
 
 
+@pytest.mark.usefixtures("target")
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize(("dtype", "weight_type"), [(a, b) for a in HALVES for b in HALVES])
+def test_norm_linear(dtype: torch.dtype, weight_type: torch.dtype, gated: bool) -> None:
+    torch.manual_seed(4)
+    for tokens, (in_, out), added in itertools.product([1, 2, 5, 14, 161], [(64, 24), (37, 26)], [False, True]):
+        x, residual = torch.randn(tokens, in_).to(dtype), torch.randn(tokens, in_).to(dtype)
+        weight, norm = torch.randn(out, in_).to(weight_type), torch.randn(in_).to(dtype)
+        bias = torch.randn(out).to(weight_type) if added else None
+        found, total = cpu.norm_linear(x, residual if added else None, norm, 1e-5, weight, bias, gated)
+        assert found.dtype == dtype
+        assert torch.equal(total, x + residual if added else x)
+        exact = None if bias is None else bias.double()
+        expected = reference.norm_linear(total.double(), None, norm.double(), 1e-5, weight.double(), exact, gated)[0]
+        close(found, expected, dtype)
+
+
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(
     tokens=st.integers(1, 40),

@@ -117,6 +117,18 @@ def test_bad_rows_give_some_token_in_range(mix: dict[str, list[float] | float], 
     assert bool(((tokens >= 0) & (tokens < 300)).all())
 
 
+def test_parameters_in_tables() -> None:
+    torch.manual_seed(7)
+    p, rows, logits = parameters(9, top_k=7, temperature=0.7), torch.tensor([3, 0, 8]), torch.randn(3, 200)
+    p["temperature"][8] = 0
+    tables, position = [p[name] for name in ("temperature", "top_k", "top_p", "min_p", "seed")], p["position"][:3]
+    last, expected = torch.full((9,), -1), torch.full((9,), -1)
+    found = cpu.sample_rows(logits, rows, *tables, position, last_token=last)
+    assert torch.equal(found, reference.sample_rows(logits, rows, *tables, position, last_token=expected))
+    assert torch.equal(last, expected)
+    assert torch.equal(found, cpu.sample_rows(logits, rows, *tables, position))
+
+
 def test_rows_of_a_wider_matrix_and_float64() -> None:
     torch.manual_seed(6)
     wide, p = torch.randn(6, 900), parameters(6, top_k=20)
