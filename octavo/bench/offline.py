@@ -180,7 +180,7 @@ def _generate(llm: LLM, workload: Workload, seed: int, temperature: float, *, se
     llm.reset_prefix_cache()
     began = time.perf_counter()
     for batch in batches:
-        outputs = llm.generate(prompts[batch], params[batch], use_tqdm=not sequential)
+        outputs = llm.generate(prompts[batch], params[batch], use_tqdm=False)
         for output in outputs:
             if output.error is not None:
                 raise EngineDead(f"a request of workload {workload.name} failed: {output.error}")

@@ -101,6 +101,8 @@ class Engine:
         )
         self._executor: Executor = executor if executor is not None else InlineExecutor(config)
         self._ahead: Sampled | None = None
+        self._follows = False
+        """The step in flight was launched while another was: a device idle before it waited for the host."""
         self._failures = 0
         self._waited = 0.0
 
@@ -154,13 +156,14 @@ class Engine:
         deltas: list[Delta] = []
         plan = self.scheduler.schedule(time.time())
         sample = None if plan is None else self._executor.launch(plan)
+        follows = self._ahead is not None
         if self._ahead is not None:
             ahead, self._ahead = self._ahead, None
             deltas += self._commit(ahead)
         if sample is not None:
             step = sample()
             if self.config.scheduler.overlap:
-                self._ahead = step
+                self._ahead, self._follows = step, follows
             else:
                 deltas += self._commit(step)
         return deltas
@@ -172,7 +175,8 @@ class Engine:
         self._failures = 0
         stats = self.scheduler.stats
         stats.device_busy_seconds += result.busy_seconds
-        stats.device_idle_seconds += result.idle_seconds
+        if self._follows:
+            stats.device_idle_seconds += result.idle_seconds
         return self.scheduler.commit(result, time.time())
 
     def close(self) -> None:

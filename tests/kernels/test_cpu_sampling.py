@@ -121,7 +121,7 @@ def test_parameters_in_tables() -> None:
     torch.manual_seed(7)
     p, rows, logits = parameters(9, top_k=7, temperature=0.7), torch.tensor([3, 0, 8]), torch.randn(3, 200)
     p["temperature"][8] = 0
-    tables, position = [p[name] for name in ("temperature", "top_k", "top_p", "min_p", "seed")], p["position"][:3]
+    tables, position = (p["temperature"], p["top_k"], p["top_p"], p["min_p"], p["seed"]), p["position"][:3]
     last, expected = torch.full((9,), -1), torch.full((9,), -1)
     found = cpu.sample_rows(logits, rows, *tables, position, last_token=last)
     assert torch.equal(found, reference.sample_rows(logits, rows, *tables, position, last_token=expected))

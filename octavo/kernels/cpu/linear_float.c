@@ -15,7 +15,7 @@
 #define PANEL (2 * HEIGHT)
 #define BLOCK 128
 #define CHUNK (VL == 8 ? 768 : 640) /* columns of floats: PANEL * CHUNK * 4 bytes stay in the first-level cache */
-#define FEW 12                      /* tokens up to which widening in registers is better than in the cache */
+#define FEW 16                      /* tokens up to which widening in registers is better than in the cache */
 #define PREFETCHES ((HEIGHT * VL * 4 + 63) / 64) /* of cache lines, at most, in a step of a tile */
 #define AHEAD 512                                /* bytes that a single token's product prefetches */
 

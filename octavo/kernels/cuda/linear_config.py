@@ -14,8 +14,10 @@ Trigger = Literal[0, 1, 2]
 
 MATVEC_ROWS = 4
 """Launches for so many rows multiply by FMA, those for 16 and more on tensor cores."""
-SKINNY_ROWS = 64
+SKINNY_ROWS = 32
 """From more rows on, cuBLAS reads the weights as fast."""
+SMALL = 1 << 24
+"""Elements below which cuBLAS multiplies more than MATVEC_ROWS rows faster."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +61,9 @@ def config(m: int, n: int, k: int) -> Config | None:
     rows = rows_class(m)
     if (rows, n, k) in TUNED:
         return TUNED[rows, n, k]
-    return _rule(rows, n, k) if m <= SKINNY_ROWS and k % 8 == 0 else None
+    if m > SKINNY_ROWS or k % 8 or (m > MATVEC_ROWS and n * k < SMALL):
+        return None
+    return _rule(rows, n, k)
 
 
 def _rule(rows: int, n: int, k: int) -> Config:
