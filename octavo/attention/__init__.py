@@ -10,9 +10,11 @@ import torch
 
 from octavo.attention.backend import AttentionBackend, AttnSpec, HeadNorms, Rotation, attn_specs
 from octavo.attention.batch import Batch, KVCache
+from octavo.attention.cpu import CpuAttention
 from octavo.attention.reference import ReferenceAttention
 from octavo.core.errors import UnsupportedModel
 from octavo.kernels import Kernels
+from octavo.kernels.cpu import build
 
 CPU = torch.device("cpu")
 
@@ -42,6 +44,8 @@ def load_backend(
         fast = CudaAttention(kernels, specs, device, dtype)
         if not any(fast.supports(spec) for spec in specs):
             backend = fast
+    elif device.type == "cpu" and build.available() is None:
+        backend = CpuAttention(kernels, specs)
     for spec in specs:
         if reason := backend.supports(spec):
             raise UnsupportedModel(f"attention of this model cannot run: {reason}")

@@ -66,6 +66,13 @@ class EngineArgs(Args, frozen=True, kw_only=True):
         Literal["auto", "bfloat16", "float16", "float32", "float64"],
         Meta(description="Number format of weights, activations and KV cache (half and float are aliases)"),
     ] = "auto"
+    quantization: Annotated[
+        Literal["auto", "none", "int8"],
+        Meta(
+            description="How weights are held: auto (a GGUF file's own formats where kernels multiply them, else "
+            "floats), none (floats), or int8 (rounded when loaded, on a CPU)"
+        ),
+    ] = "auto"
     seed: Annotated[
         int, Meta(ge=0, le=2**63 - 1, description="Seed of dummy weights and of requests that bring none")
     ] = 0

@@ -103,7 +103,6 @@ REFUSED: dict[str, tuple[str, ...]] = {
     "override_generation_config": ("{}",),
     "override_neuron_config": ("{}",),
     "override_pooler_config": (),
-    "quantization": (),
     "reasoning_parser": ("",),
     "response_role": ("assistant",),
     "return_tokens_as_token_ids": ("false",),

@@ -46,6 +46,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     device: DeviceFacts
     dtype: str
     load_format: Literal["auto", "safetensors", "gguf", "dummy"]
+    quantization: Literal["auto", "none", "int8"] = "auto"
     seed: int
     cache: CacheConfig
     scheduler: SchedulerConfig

@@ -85,6 +85,7 @@ def resolve(args: EngineArgs, model: ModelFacts, device: DeviceFacts) -> tuple[E
         device=device,
         dtype=dtype,
         load_format=load_format,
+        quantization=args.quantization,
         seed=args.seed,
         cache=CacheConfig(
             block_size=args.block_size,

@@ -22,6 +22,7 @@ from octavo.core.plan import Int32s, Plan, StepResult
 from octavo.core.request import TokenLogprobs
 from octavo.kernels import load as load_kernels
 from octavo.models import build_model
+from octavo.quant import scheme_for
 from octavo.sampling import Sampler, Samples, prompt_logprobs
 from octavo.weights import load_weights
 from octavo.worker.decode import DecodeSteps
@@ -97,6 +98,12 @@ class Worker:
         self._kernels = load_kernels(device.kind)
         dtype: torch.dtype = getattr(torch, config.dtype)
         specs = attn_specs(facts, cache.block_size)
+        scheme = scheme_for(
+            config.quantization,
+            files="none" if config.load_format == "dummy" else facts.files,
+            device_kind=device.kind,
+            dtype=dtype,
+        )
         self._attention = load_backend(self._kernels, specs, self._device, dtype)
         self._model = build_model(
             facts,
@@ -106,8 +113,16 @@ class Worker:
             attention=self._attention,
             groups=cache.groups,
             block_size=cache.block_size,
+            scheme=scheme,
         )
-        load_weights(self._model, facts, load_format=config.load_format, seed=config.seed, progress=progress)
+        load_weights(
+            self._model,
+            facts,
+            load_format=config.load_format,
+            seed=config.seed,
+            progress=progress,
+            keep=scheme.keeps,
+        )
         max_blocks = blocks_for(scheduler.max_model_len, cache.block_size)
         self._upload, self._download = Uploader(self._device), Downloader(self._device)
         self._rows = RowState(scheduler.max_num_seqs, max_blocks, len(cache.groups), self._device)

@@ -62,7 +62,7 @@ def test_help_of_serve_shows_own_flags_and_hides_the_others(capsys: pytest.Captu
     shown = capsys.readouterr().out
     for flag in ("--max-model-len", "--no-enable-prefix-caching", "--served-model-name", "--api-key", "--port"):
         assert flag in shown
-    for flag in ("--enable-lora", "--swap-space", "--quantization"):
+    for flag in ("--enable-lora", "--swap-space", "--kv-cache-dtype"):
         assert flag not in shown
 
 

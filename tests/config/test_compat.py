@@ -40,7 +40,6 @@ def test_an_argument_that_is_not_built_is_refused_unless_it_asks_for_nothing(nam
     [
         ("enable_lora", True, "--enable-lora is not built yet: leave it out"),
         ("enable_chunked_prefill", False, "--no-enable-chunked-prefill is not built yet: leave it out"),
-        ("quantization", "fp8", "--quantization fp8 is not built yet: leave it out"),
         ("kv_cache_dtype", "fp8", "--kv-cache-dtype fp8 is not built yet (only 'auto' is): leave it out"),
     ],
 )

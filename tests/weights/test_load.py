@@ -17,6 +17,7 @@ from torch import Tensor
 from octavo.core.errors import ConfigError, UnsupportedModel
 from octavo.core.facts import ModelFacts, RopeFacts
 from octavo.formats import GGUFFile, locate, read_facts
+from octavo.quant import Blocks
 from octavo.weights import load_weights
 from octavo.weights.gguf_names import hf_name
 from octavo.weights.load import restore_rope_order
@@ -30,7 +31,8 @@ class Recorder:
         self.parameters = parameters
         self.finished = 0
 
-    def load_weight(self, name: str, tensor: Tensor) -> None:
+    def load_weight(self, name: str, tensor: Tensor | Blocks) -> None:
+        assert isinstance(tensor, Tensor)
         assert name not in self.loaded
         self.loaded[name] = tensor.clone()
 
@@ -207,7 +209,7 @@ def test_the_embedded_model_equals_the_reference() -> None:
     shapes: dict[str, tuple[int, ...]] = {}
 
     class KeepsOneBlock(Recorder):
-        def load_weight(self, name: str, tensor: Tensor) -> None:
+        def load_weight(self, name: str, tensor: Tensor | Blocks) -> None:
             shapes[name] = tuple(tensor.shape)
             if name.startswith("model.layers.29."):
                 super().load_weight(name, tensor)
@@ -230,7 +232,7 @@ def test_memory_stays_near_one_tensor(tmp_path: Path) -> None:
     path = write_gguf(tmp_path / "m.gguf", "llama", {f"blk.{i}.ffn_up.weight": raw for i in range(6)})
 
     class Forgetful(Recorder):
-        def load_weight(self, name: str, tensor: Tensor) -> None:
+        def load_weight(self, name: str, tensor: Tensor | Blocks) -> None:
             assert tensor.shape == (512, 1024)
 
     tracemalloc.start()

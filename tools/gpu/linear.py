@@ -126,7 +126,7 @@ def milliseconds(run: Callable[[], object], repeats: int = 7) -> float:
         run()
     times: list[float] = []
     for _ in range(repeats + 2):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         start.record()
         graph.replay()
         end.record()

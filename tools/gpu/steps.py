@@ -80,9 +80,8 @@ def kernels(llm: LLM, steps: int) -> None:
     rows = sorted(found.key_averages(), key=lambda e: -e.self_device_time_total)
     for event in rows[:14]:
         total = event.self_device_time_total / steps
-        print(
-            f"    {total:9.1f} us a step  {event.count / steps:6.1f} x {total * steps / event.count:7.2f}  {event.key[:60]}"
-        )
+        each, count = event.self_device_time_total / event.count, event.count / steps
+        print(f"    {total:9.1f} us a step  {count:6.1f} x {each:7.2f}  {event.key[:60]}")
     print(f"    {sum(e.self_device_time_total for e in rows) / steps:9.1f} us a step in all")
 
 
