@@ -217,12 +217,10 @@ def sample_rows(
     lines, vocab = logits.shape
     device = logits.device
     if not supported(logits):
-        parameters = (temperature, top_k, top_p, min_p, seed)
-        if rows is not None:
-            parameters = tuple(table[rows] for table in parameters)  # type: ignore[assignment]
-        found = reference.sample(logits, *parameters, position + offset)
-        if last_token is not None and rows is not None:
-            last_token[rows] = found
+        at = torch.arange(lines, device=device) if rows is None else rows
+        found = reference.sample_rows(
+            logits, at, temperature, top_k, top_p, min_p, seed, position + offset, last_token=last_token
+        )
         return found if tokens is None else tokens.copy_(found)
     if logits.stride(1) != 1:
         logits = logits.contiguous()
