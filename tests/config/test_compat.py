@@ -63,7 +63,7 @@ def test_keyword_arguments_of_a_vllm_script() -> None:
         },
     )
     assert args == EngineArgs(model="m", dtype="float32", max_model_len=512)
-    assert len(lines) == 4
+    assert len(lines) == 3
 
 
 @pytest.mark.parametrize(

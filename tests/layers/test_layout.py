@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from octavo.attention import load_backend
+from octavo.attention.reference import ReferenceAttention
 from octavo.core.errors import ConfigError
 from octavo.kernels import load
 from octavo.layers import Build, Linear
@@ -85,7 +85,7 @@ class FakeRank:
 
 def linear(layout: Layout, rank: int, size: int, weights: dict[str, Tensor], biases: dict[str, Tensor]) -> Linear:
     kernels = load("cpu")
-    backend = load_backend(kernels, ())
+    backend = ReferenceAttention(kernels)
     build = Build(torch.float64, torch.device("cpu"), kernels, backend, (), (), FakeRank(rank, size))
     made = Linear(next(iter(weights.values())).shape[1], layout, build, bias=True)
     for (part, key), put in made.slots().items():

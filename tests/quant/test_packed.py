@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from octavo.attention import load_backend
+from octavo.attention.reference import ReferenceAttention
 from octavo.core.errors import ConfigError, UnsupportedModel
 from octavo.kernels import load
 from octavo.kernels.cpu import quant_linear
@@ -36,7 +36,7 @@ class Rank(Single):
 
 def build(scheme: Scheme, comm: Comm | None = None, dtype: torch.dtype = torch.float32) -> Build:
     kernels = load("cpu")
-    backend = load_backend(kernels, ())
+    backend = ReferenceAttention(kernels)
     return Build(dtype, torch.device("cpu"), kernels, backend, (), (), comm or Single(), scheme)
 
 
