@@ -1,6 +1,6 @@
 """Measures what a number format costs in quality: a model's predictions on given tokens against its own in float32.
 
-python tools/teacher_forced.py [--model M] [--dtype float32] [--quantization auto] [--prompts 8] [TOKENS.json]
+python tools/teacher_forced.py [--model M] [--dtype float32] [--quantization native] [--prompts 8] [TOKENS.json]
 
 TOKENS.json holds {"prompts": [{"prompt_ids": [...], "tokens": [...]}, ...]}; every position of `tokens` is compared:
 how often the best token is the same, the mean Kullback-Leibler divergence from float32's distribution, and the ratio of
@@ -85,7 +85,7 @@ def main() -> None:
     parser.add_argument("tokens", nargs="?", type=Path, default=TOKENS)
     parser.add_argument("--model")
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--quantization", choices=get_args(Quantization), default="auto")
+    parser.add_argument("--quantization", choices=get_args(Quantization), default="native")
     parser.add_argument("--prompts", type=int, default=8, help="how many of the file's prompts")
     args = parser.parse_args()
     facts = read_facts(locate(args.model))

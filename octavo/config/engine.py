@@ -46,7 +46,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     device: DeviceFacts
     dtype: str
     load_format: Literal["auto", "safetensors", "gguf", "dummy"]
-    quantization: Literal["auto", "none", "int8"] = "auto"
+    quantization: Literal["none", "native", "int8"] = "none"
     seed: int
     cache: CacheConfig
     scheduler: SchedulerConfig

@@ -10,7 +10,7 @@ from octavo.core.errors import ConfigError
 from octavo.quant.dense import Dense
 from octavo.quant.scheme import Scheme
 
-Quantization = Literal["auto", "none", "int8"]
+Quantization = Literal["native", "none", "int8"]
 
 
 def scheme_for(
@@ -22,35 +22,26 @@ def scheme_for(
 ) -> Scheme:
     """The scheme for weights read from `files` ("none": random ones) and computed with in `dtype`.
 
-    none: floats. auto: a GGUF file's own formats where kernels multiply them, which is on a CPU with a C compiler, in
-    float32 or bfloat16; otherwise floats. int8: rounded at load, ConfigError where that has no kernel.
+    none: floats. native: a GGUF file's own formats. int8: rounded at load. The last two need a CPU with a C compiler and
+    float32 or bfloat16; raises ConfigError where they cannot be had.
     """
     if quantization == "none":
         return Dense()
-    if quantization == "auto":
-        if files != "gguf" or device_kind != "cpu" or dtype not in (torch.float32, torch.bfloat16):
-            return Dense()
-        from octavo.kernels.cpu import quant_linear
-
-        if quant_linear.available() is not None:
-            return Dense()
-        from octavo.quant.gguf import GGUF
-
-        return GGUF()
-    return _int8(files, device_kind, dtype)
-
-
-def _int8(files: str, device_kind: str, dtype: torch.dtype) -> Scheme:
     if device_kind != "cpu":
-        raise ConfigError(f"quantization int8 is for CPUs, not {device_kind}: use auto")
+        raise ConfigError(f"quantization {quantization} is for CPUs, not {device_kind}: use none")
     if dtype not in (torch.float32, torch.bfloat16):
-        raise ConfigError(f"quantization int8 computes in float32 or bfloat16, not {dtype}: change dtype")
+        raise ConfigError(f"quantization {quantization} computes in float32 or bfloat16, not {dtype}: change dtype")
     if files == "none":
-        raise ConfigError("quantization int8 needs weights to round, and these are random: use none")
+        raise ConfigError(f"quantization {quantization} needs weights, and these are random: use none")
+    if quantization == "native" and files != "gguf":
+        raise ConfigError(
+            f"quantization native keeps a GGUF file's formats, and this model has {files}: use none or int8"
+        )
     from octavo.kernels.cpu import quant_linear
 
     if (reason := quant_linear.available()) is not None:
-        raise ConfigError(f"quantization int8 needs compiled kernels: {reason}")
+        raise ConfigError(f"quantization {quantization} needs compiled kernels: {reason}")
+    from octavo.quant.gguf import GGUF
     from octavo.quant.int8 import Int8
 
-    return Int8()
+    return GGUF() if quantization == "native" else Int8()

@@ -30,13 +30,10 @@ def name(quantization: Any, files: Any, device_kind: str, dtype: torch.dtype) ->
 @pytest.mark.parametrize(
     ("quantization", "files", "device", "dtype", "chosen"),
     [
-        ("auto", "gguf", "cpu", F32, "GGUF"),
-        ("auto", "gguf", "cpu", BF16, "GGUF"),
-        ("auto", "gguf", "cpu", F16, "Dense"),
-        ("auto", "gguf", "cuda", BF16, "Dense"),
-        ("auto", "safetensors", "cpu", BF16, "Dense"),
-        ("auto", "none", "cpu", F32, "Dense"),
+        ("native", "gguf", "cpu", F32, "GGUF"),
+        ("native", "gguf", "cpu", BF16, "GGUF"),
         ("none", "gguf", "cpu", F32, "Dense"),
+        ("none", "gguf", "cuda", BF16, "Dense"),
         ("int8", "gguf", "cpu", F32, "Int8"),
         ("int8", "safetensors", "cpu", BF16, "Int8"),
     ],
@@ -47,16 +44,24 @@ def test_choice(quantization: str, files: str, device: str, dtype: torch.dtype, 
 
 @pytest.mark.usefixtures("not_compiled")
 def test_without_a_compiler() -> None:
-    assert isinstance(scheme_for("auto", files="gguf", device_kind="cpu", dtype=F32), Dense)
-    with pytest.raises(ConfigError, match="no C compiler found"):
-        scheme_for("int8", files="safetensors", device_kind="cpu", dtype=F32)
+    assert isinstance(scheme_for("none", files="gguf", device_kind="cpu", dtype=F32), Dense)
+    for quantization in ("native", "int8"):
+        with pytest.raises(ConfigError, match="no C compiler found"):
+            name(quantization, "gguf", "cpu", F32)
 
 
 @pytest.mark.usefixtures("compiled")
+@pytest.mark.parametrize("quantization", ["native", "int8"])
 @pytest.mark.parametrize(
     ("files", "device", "dtype", "message"),
     [("gguf", "cuda", BF16, "not cuda"), ("gguf", "cpu", F16, "float16"), ("none", "cpu", F32, "random")],
 )
-def test_int8_is_refused_by_reason(files: str, device: str, dtype: torch.dtype, message: str) -> None:
+def test_a_refusal_has_its_reason(quantization: str, files: str, device: str, dtype: torch.dtype, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        name("int8", files, device, dtype)
+        name(quantization, files, device, dtype)
+
+
+@pytest.mark.usefixtures("compiled")
+def test_native_formats_are_those_of_gguf() -> None:
+    with pytest.raises(ConfigError, match="this model has safetensors"):
+        name("native", "safetensors", "cpu", F32)

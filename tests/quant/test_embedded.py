@@ -29,7 +29,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def native() -> Forced:
-    return Forced(read_facts(locate(None)), torch.float32, "auto")
+    return Forced(read_facts(locate(None)), torch.float32, "native")
 
 
 def test_predictions_are_close_to_those_of_float_weights(native: Forced) -> None:

@@ -14,7 +14,7 @@ TIE = 0.01
 
 def test_greedy_tokens_are_those_of_transformers() -> None:
     prompts = RECORDED["prompts"]
-    llm = LLM(dtype="float32", device="cpu", max_model_len=1024, skip_tokenizer_init=True, quantization="none")
+    llm = LLM(dtype="float32", device="cpu", max_model_len=1024, skip_tokenizer_init=True)
     params = SamplingParams(temperature=0, max_tokens=64, ignore_eos=True, detokenize=False)
     results = llm.generate([p["prompt_ids"] for p in prompts], params, use_tqdm=False)
     for i, (prompt, result) in enumerate(zip(prompts, results, strict=True)):
