@@ -22,7 +22,7 @@ def scheme_for(
 ) -> Scheme:
     """The scheme for weights read from `files` ("none": random ones) and computed with in `dtype`.
 
-    none: floats. native: a GGUF file's own formats. int8: rounded at load. The last two need a CPU with a C compiler and
+    none: floats. native: a GGUF file's own formats. int8: rounded at load. These two need a CPU with a C compiler and
     float32 or bfloat16; raises ConfigError where they cannot be had.
     """
     if quantization == "none":
