@@ -124,7 +124,7 @@ def measure(
         "requests": len(workload.inputs),
         "input_tokens": tokens_in,
         "output_tokens": tokens_out,
-        "seconds": round(seconds, 4),
+        "seconds": round(seconds, 6),
         "output_tokens_per_s": round(tokens_out / seconds, 2),
         "total_tokens_per_s": round((tokens_in + tokens_out) / seconds, 2),
         **_roofline(llm.config, workload.alone() if sequential else [workload], seconds, limits),
