@@ -66,6 +66,15 @@ class Plan(msgspec.Struct, array_like=True):
         return self.num_decode + int(self.counts.sum())
 
 
+class Masks(msgspec.Struct, array_like=True):
+    """Which tokens some rows of a step may choose; follows its plan once the tokens before are known."""
+
+    lines: Int32s
+    """[M] indices into the plan's sampled rows, rising."""
+    bits: Int32s
+    """[M, ceil(V / 32)]: bit i % 32 of word i // 32 says that token i is allowed."""
+
+
 class StepResult(msgspec.Struct):
     """What a step sampled, for rows[:num_sampled] of its plan, in that order.
 

@@ -16,64 +16,18 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Iterable
 
 from octavo.cache import CacheManager
 from octavo.config.engine import EngineConfig
 from octavo.core.errors import EngineDead
-from octavo.core.plan import Plan, StepResult
 from octavo.core.request import Delta, Request, Stats
+from octavo.engine.executor import Executor, InlineExecutor, Progress, Sampled
 from octavo.scheduler import Constraint, Proposer, Scheduler
 
-if TYPE_CHECKING:
-    from octavo.worker import Worker
-
-Progress = Callable[[str, int, int], None]
 logger = logging.getLogger("octavo")
 MAX_FAILURES = 3
 """Steps that may fail one after another before the engine gives up."""
-
-
-class Sampled(Protocol):
-    def result(self) -> StepResult:
-        """Waits for the step's tokens."""
-        ...
-
-
-class Executor(Protocol):
-    """Runs plans on all ranks, in order."""
-
-    def load(self, progress: Progress | None = None) -> None: ...
-
-    def warm_up(self) -> None:
-        """Compiles and captures ahead of time what steps would otherwise prepare when they first need it."""
-        ...
-
-    def launch(self, plan: Plan) -> Callable[[], Sampled]:
-        """Launches the forward pass; calling the result launches sampling."""
-        ...
-
-
-class InlineExecutor:
-    """One rank, in this process."""
-
-    def __init__(self, config: EngineConfig, worker: Worker | None = None) -> None:
-        if worker is None:
-            from octavo.worker import Worker
-
-            worker = Worker(config)
-        self._worker = worker
-
-    def load(self, progress: Progress | None = None) -> None:
-        self._worker.load(progress)
-
-    def warm_up(self) -> None:
-        self._worker.warm_up()
-
-    def launch(self, plan: Plan) -> Callable[[], Sampled]:
-        forward = self._worker.forward(plan)
-        return lambda: self._worker.sample(forward)
 
 
 class Engine:
@@ -161,7 +115,7 @@ class Engine:
             ahead, self._ahead = self._ahead, None
             deltas += self._commit(ahead)
         if sample is not None:
-            step = sample()
+            step = sample(None)
             if self.config.scheduler.overlap:
                 self._ahead, self._follows = step, follows
             else:

@@ -18,7 +18,7 @@ from torch import Tensor
 from octavo.attention import Batch, KVCache, attn_specs, load_backend
 from octavo.config.engine import EngineConfig
 from octavo.config.kv import blocks_for
-from octavo.core.plan import Int32s, Plan, StepResult
+from octavo.core.plan import Int32s, Masks, Plan, StepResult
 from octavo.core.request import TokenLogprobs
 from octavo.kernels import load as load_kernels
 from octavo.models import build_model
@@ -227,8 +227,9 @@ class Worker:
         return batch.with_meta(meta), rows
 
     @torch.inference_mode()
-    def sample(self, forward: Forward) -> Step:
+    def sample(self, forward: Forward, masks: Masks | None = None) -> Step:
         """Samples the rows that reached their end, verifies drafts, and leaves the last tokens in the row state."""
+        assert masks is None, "masks are not applied yet"
         plan, layout = forward.plan, forward.layout
         rows = plan.rows[: plan.num_sampled]
         last_token = self._rows.last_token
