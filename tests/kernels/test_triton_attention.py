@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,7 +15,6 @@ from tests.support.paged import Paged, expected, paged
 
 if torch.cuda.is_available():
     pytest.skip("the kernels themselves run in tests/gpu", allow_module_level=True)
-os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
 pytest.importorskip("triton")
 
 from octavo.attention import cuda

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 from torch import Tensor
@@ -12,7 +10,6 @@ from octavo.kernels import reference
 
 if torch.cuda.is_available():
     pytest.skip("the kernels themselves run in tests/gpu", allow_module_level=True)
-os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
 pytest.importorskip("triton")
 
 from octavo.kernels.cuda.linear import Norm, _arrivals, linear, norm_linear, product

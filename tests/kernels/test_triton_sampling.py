@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-import os
 
 import pytest
 import torch
 
 if torch.cuda.is_available():
     pytest.skip("the kernels themselves run in tests/gpu", allow_module_level=True)
-os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
 pytest.importorskip("triton")
 
 from octavo.kernels import cuda, reference
