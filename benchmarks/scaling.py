@@ -1,0 +1,166 @@
+"""What 1 to 8 GPUs should reach: a model of a step, from kernels measured on one H200 and link times measured on two.
+
+    python benchmarks/scaling.py        prints the tables of benchmarks/scaling.md
+
+Every constant is a measurement (benchmarks/gpu.md, or the link table in scaling.md) or named as an assumption there. A
+prediction for a model that was measured on one GPU is that measurement times the model's ratio, so that errors common
+to both sides cancel.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from octavo.bench.workloads import Workload, named
+from octavo.core.facts import ModelFacts
+from octavo.formats import read_facts
+
+CONFIGS = Path(__file__).parent / "configs"
+MEASURED = {
+    "llama-3.1-8b": {"bs1": 262, "d8": 1485, "d32": 3640, "d128": 5804, "d256": 6386, "burst": 16741, "r1k1k": 9808}
+}
+"""Output tokens a second on one H200."""
+STEP_TOKENS = 8192
+"""Prompt tokens of a prefill step."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Rates of one H200 and of its links; seconds, bytes a second, operations a second."""
+
+    read: float = 4.64e12
+    product_start: float = 1.9e-6
+    decode_flops: float = 625e12
+    prefill_flops: float = 660e12
+    prefill_attention_flops: float = 600e12
+    prefill_elementwise: float = 0.06
+    """Norms and SiLU-mul beside prefill's products, as a share of these on one GPU; half of it is divided by ranks."""
+    kv_read: float = 4.0e12
+    attention_start: float = 7e-6
+    norm_start: float = 2.0e-6
+    norm_row: float = 5.3e-9
+    """At hidden size 4096."""
+    rope_start: float = 1.2e-6
+    rope_row: float = 8.6e-9
+    silu_row: float = 23e-9
+    """From 33 rows on; below it is fused."""
+    draw_row: float = 0.57e-6
+    reduce_start: float = 6.3e-6
+    reduce_doubling: float = 1.5e-6
+    """Assumed: what each doubling of the ranks beyond two adds to the latency."""
+    link: float = 308e9
+    """Of an all-reduce over peer-mapped memory between two GPUs, 512 KB to 4 MB."""
+    send: float = 21e-6
+
+    def overhead(self, rows: float) -> float:
+        """Measured over modelled time of the products of a memory-bound step."""
+        return float(np.interp(np.log2(max(rows, 1)), [0, 3, 5], [1.08, 1.14, 1.19]))
+
+
+@dataclass(frozen=True)
+class Ranks:
+    tensor: int = 1
+    pipeline: int = 1
+
+
+def all_reduce(machine: Machine, ranks: int, size: float) -> float:
+    """Two-shot: every GPU sends and receives 2 (n - 1) / n of `size` bytes."""
+    if ranks == 1:
+        return 0.0
+    latency = machine.reduce_start + machine.reduce_doubling * np.log2(ranks / 2)
+    return float(latency + 2 * (ranks - 1) / ranks * size / machine.link)
+
+
+def products(facts: ModelFacts) -> tuple[int, ...]:
+    """Elements of a layer's matrices."""
+    hidden = facts.hidden_size
+    return (
+        hidden * (facts.q_size + 2 * facts.kv_size),
+        facts.q_size * hidden,
+        2 * hidden * facts.intermediate_size,
+        hidden * facts.intermediate_size,
+    )
+
+
+def product_seconds(machine: Machine, elements: float, rows: float) -> float:
+    memory = (2 * elements / machine.read + machine.product_start) * machine.overhead(rows)
+    return max(memory, 2 * rows * elements / machine.decode_flops)
+
+
+def decode_step(facts: ModelFacts, machine: Machine, tensor: int, rows: float, tokens: float) -> float:
+    """Seconds of one token for each of `rows` sequences that hold `tokens` together."""
+    layers, size = facts.num_layers, facts.hidden_size / 4096
+    kv_ranks = min(tensor, facts.num_kv_heads)
+    layer = sum(product_seconds(machine, elements / tensor, rows) for elements in products(facts))
+    layer += 2 * 2 * facts.kv_size / kv_ranks * tokens / machine.kv_read + machine.attention_start
+    layer += machine.rope_start + machine.rope_row * rows * size / tensor
+    layer += machine.silu_row * rows * facts.intermediate_size / 14336 / tensor if rows > 32 else 0.0
+    layer += 2 * (machine.norm_start + machine.norm_row * rows * size) if rows > 1 or tensor > 1 else 0.0
+    layer += 2 * all_reduce(machine, tensor, 2 * rows * facts.hidden_size)
+    head = product_seconds(machine, facts.vocab_size * facts.hidden_size / tensor, rows)
+    gather = all_reduce(machine, tensor, 2 * rows * facts.vocab_size) / 2
+    return layers * layer + head + gather + machine.draw_row * rows
+
+
+def prefill_seconds(facts: ModelFacts, machine: Machine, tensor: int, workload: Workload) -> float:
+    inputs = np.asarray(workload.inputs, np.float64)
+    elements = facts.num_layers * sum(products(facts))
+    work = 2 * elements * inputs.sum() / machine.prefill_flops
+    pairs = facts.num_layers * 4 * facts.q_size * float((inputs * inputs / 2).sum())
+    attention = pairs / machine.prefill_attention_flops
+    small = machine.prefill_elementwise * work
+    steps = max(inputs.sum() / STEP_TOKENS, 1)
+    reduces = 2 * facts.num_layers * all_reduce(machine, tensor, 2 * inputs.sum() / steps * facts.hidden_size)
+    return float((work + attention + small / 2) / tensor + small / 2 + steps * reduces)
+
+
+def seconds(facts: ModelFacts, machine: Machine, ranks: Ranks, workload: Workload) -> float:
+    """Of the whole workload. A pipeline's stages work on equal shares of the rows at the same time."""
+    stages = ranks.pipeline
+    total = prefill_seconds(facts, machine, ranks.tensor, workload) / stages
+    inputs, outputs = np.asarray(workload.inputs), np.asarray(workload.outputs)
+    for step in range(1, outputs.max()):
+        alive = outputs > step
+        rows, tokens = int(alive.sum()) / stages, float((inputs[alive] + step).sum()) / stages
+        one = decode_step(facts, machine, ranks.tensor, max(rows, 1), tokens)
+        total += one + (stages * machine.send if stages > 1 else 0.0)
+    return float(total)
+
+
+def predict(name: str, ranks: Ranks, workload: str, machine: Machine = Machine()) -> float:
+    """Output tokens a second."""
+    facts = read_facts(CONFIGS / name)
+    work = named(workload, 0)
+    rate = sum(work.outputs) / seconds(facts, machine, ranks, work)
+    measured = MEASURED.get(name, {}).get(workload)
+    if measured is None:
+        return rate
+    return measured * rate * seconds(facts, machine, Ranks(), work) / sum(work.outputs)
+
+
+def table(name: str, columns: dict[str, Ranks], workloads: tuple[str, ...]) -> str:
+    lines = [f"| {name}, out tok/s | {' | '.join(columns)} |", "|---" * (1 + len(columns)) + "|"]
+    for workload in workloads:
+        rates = [predict(name, ranks, workload) for ranks in columns.values()]
+        shown = [f"{rate:,.0f} ({rate / rates[0]:.2f}x)" if i else f"{rate:,.0f}" for i, rate in enumerate(rates)]
+        lines.append(f"| {workload} | {' | '.join(shown)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    tensor = {f"TP {n}": Ranks(n) for n in (1, 2, 4, 8)}
+    print(table("llama-3.1-8b", {**tensor, "PP 2": Ranks(1, 2)}, ("bs1", "d8", "d32", "d128", "d256", "burst")))
+    print()
+    few = {f"TP {n}": Ranks(n) for n in (2, 4, 8)}
+    print(table("llama-3.1-70b", few, ("bs1", "d32", "d256", "burst")))
+    print()
+    slow = replace(Machine(), reduce_start=18.5e-6)
+    rates = [predict("llama-3.1-8b", Ranks(2), workload, slow) for workload in ("bs1", "d32", "d256", "burst")]
+    print("8B at TP 2 with NCCL's latency:", ", ".join(f"{rate:,.0f}" for rate in rates))
+
+
+if __name__ == "__main__":
+    main()
