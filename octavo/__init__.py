@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from octavo.config import EngineArgs
     from octavo.core.errors import ConfigError, EngineDead, InvalidRequest, OctavoError, UnsupportedModel
     from octavo.core.params import SamplingParams
+    from octavo.core.params import StructuredOutputs as StructuredOutputsParams
     from octavo.frontend import AsyncLLM, CompletionOutput, Logprob, RequestMetrics, RequestOutput
     from octavo.llm import LLM
 
@@ -21,11 +22,13 @@ __version__ = "0.1.0"
 _HOMES = {
     "octavo.config": ("EngineArgs",),
     "octavo.core.errors": ("ConfigError", "EngineDead", "InvalidRequest", "OctavoError", "UnsupportedModel"),
-    "octavo.core.params": ("SamplingParams",),
+    "octavo.core.params": ("SamplingParams", "StructuredOutputs"),
     "octavo.frontend": ("AsyncLLM", "CompletionOutput", "Logprob", "RequestMetrics", "RequestOutput"),
     "octavo.llm": ("LLM",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+_ALIASES = {"StructuredOutputsParams": "StructuredOutputs"}
+"""vLLM's names of what is called otherwise here."""
 
 __all__ = [
     "LLM",
@@ -40,15 +43,17 @@ __all__ = [
     "RequestMetrics",
     "RequestOutput",
     "SamplingParams",
+    "StructuredOutputsParams",
     "UnsupportedModel",
     "__version__",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME_OF:
+    own = _ALIASES.get(name, name)
+    if own not in _HOME_OF:
         raise AttributeError(f"module 'octavo' has no attribute {name!r}")
-    return getattr(import_module(_HOME_OF[name]), name)
+    return getattr(import_module(_HOME_OF[own]), own)
 
 
 def __dir__() -> list[str]:

@@ -26,7 +26,8 @@ from octavo.frontend.outputs import RequestOutput
 from octavo.frontend.process import OutputProcessor, RequestState
 from octavo.frontend.progress import generation_bar, loading_bars
 from octavo.frontend.startup import logger, open_tokenizer, resolve_config
-from octavo.text import ChatTemplate, Tokenizer, normalise_messages
+from octavo.text import ChatTemplate, Tokenizer, model_template, normalise_messages
+from octavo.text.template import check_names
 
 Message = Mapping[str, Any]
 Params = SamplingParams | Sequence[SamplingParams]
@@ -115,24 +116,26 @@ class LLM:
         template = self._template(chat_template)
         single = bool(messages) and isinstance(messages[0], Mapping)
         conversations = cast("Sequence[Sequence[Message]]", [messages] if single else messages)
-        prompts = [
-            template.render(
+        check_names(chat_template_kwargs or {})
+        prompts: list[Prompt] = []
+        for conversation in conversations:
+            rendered = template.rendered(
                 normalise_messages(conversation),
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message,
                 tools=tools,
                 **(chat_template_kwargs or {}),
             )
-            for conversation in conversations
-        ]
-        return self._generate(prompts, sampling_params, use_tqdm, add_special_tokens=False)
+            self._inputs.check_text(rendered.text)
+            prompts.append({"prompt": rendered.text, "prompt_token_ids": template.encode(rendered)})
+        return self._generate(prompts, sampling_params, use_tqdm)
 
     def _template(self, source: str | None) -> ChatTemplate:
         tokenizer = self.get_tokenizer()
-        source = source if source is not None else tokenizer.chat_template
-        if source is None:
+        template = model_template(tokenizer) if source is None else ChatTemplate(source, tokenizer)
+        if template is None:
             raise InvalidRequest("the model has no chat template: give chat_template, or use generate", "chat_template")
-        return ChatTemplate(source, tokenizer)
+        return template
 
     def get_tokenizer(self) -> Tokenizer:
         """Raises InvalidRequest with skip_tokenizer_init."""
@@ -177,7 +180,6 @@ class LLM:
         use_tqdm: bool,
         *,
         cache_salt: str = "",
-        add_special_tokens: bool = True,
     ) -> list[RequestOutput]:
         chosen = self._params_for(prompts, params)
         arrival = time.time()
@@ -188,7 +190,6 @@ class LLM:
                 next(self._ids),
                 arrival=arrival,
                 cache_salt=cache_salt,
-                add_special_tokens=add_special_tokens,
             )
             for prompt, own in zip(prompts, chosen, strict=True)
         ]

@@ -97,3 +97,5 @@ class DeviceFacts(msgspec.Struct, frozen=True, kw_only=True):
     cores: int = 1
     index: int = 0
     """Which GPU, in CUDA's order."""
+    count: int = 1
+    """GPUs from this one on, of which each rank takes one."""

@@ -39,6 +39,48 @@ BOUNDS: dict[str, tuple[float, float, bool]] = {
 }
 
 
+class StructuredOutputs(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What the generated text must look like: exactly one of the forms.
+
+    `json` is a JSON Schema (draft 2020-12), as a dictionary or its text; `json_object` any JSON object; `regex` a
+    regular expression that the whole text matches; `choice` one of some texts; `grammar` a context-free grammar in Lark
+    or GBNF syntax. The constraint begins after the first occurrence of the text `after`, and before it anything goes.
+    Raises InvalidRequest (param "structured_outputs") for none, several or wrongly typed ones; what they say is checked
+    when the request is admitted.
+    """
+
+    json: dict[str, Any] | str | None = None
+    json_object: bool = False
+    regex: str | None = None
+    choice: Sequence[str] | None = None
+    grammar: str | None = None
+    after: str = ""
+
+    def __post_init__(self) -> None:
+        kinds: dict[str, Any] = {
+            "json": (dict, str),
+            "json_object": bool,
+            "regex": str,
+            "choice": (list, tuple),
+            "grammar": str,
+        }
+        given = [name for name in kinds if getattr(self, name) not in (None, False)]
+        if len(given) != 1:
+            found = " and ".join(given) or "none"
+            raise _unstructured(f"needs exactly one of {', '.join(kinds)}, not {found}")
+        for name in given:
+            if not isinstance(getattr(self, name), kinds[name]):
+                raise _unstructured(f"{name} cannot be {type(getattr(self, name)).__name__}")
+        if not isinstance(self.json_object, bool) or not isinstance(self.after, str):
+            raise _unstructured("json_object is true or false, and after is text")
+        if self.choice is not None and not (self.choice and all(isinstance(text, str) for text in self.choice)):
+            raise _unstructured("choice must be a list of at least one text")
+
+
+def _unstructured(problem: str) -> InvalidRequest:
+    return InvalidRequest(f"structured_outputs: {problem}", "structured_outputs")
+
+
 class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
     """Sampling parameters of one request, with vLLM's names and meaning.
 
@@ -69,6 +111,7 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
     logit_bias: dict[int, float] | None = None
     allowed_token_ids: Sequence[int] | None = None
     bad_words: Sequence[str] | None = None
+    structured_outputs: StructuredOutputs | None = None
 
     def __post_init__(self) -> None:
         for name, bounds in BOUNDS.items():
@@ -81,6 +124,8 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
             raise InvalidRequest("allowed_token_ids is empty: leave it out to allow every token", "allowed_token_ids")
         if self.logit_bias is not None:
             self._normalise("logit_bias", _bias(self.logit_bias))
+        if not isinstance(self.structured_outputs, StructuredOutputs | None):
+            raise _unstructured(f"must be StructuredOutputs, not {type(self.structured_outputs).__name__}")
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise InvalidRequest(
                 f"min_tokens is {self.min_tokens}, above max_tokens {self.max_tokens}: lower it", "min_tokens"

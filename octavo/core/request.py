@@ -18,7 +18,8 @@ class Request(msgspec.Struct, array_like=True, frozen=True):
     """One validated request. The engine makes `params.n` sequences of it, with seeds seed, seed+1, ...
 
     `params.max_tokens` is set and fits the context; bad words arrive as token ids. `arrival` is time.time(). With
-    `whole` nobody reads before the end, and each sequence is answered with a single delta.
+    `whole` nobody reads before the end, and each sequence is answered with a single delta. `grammar` is what
+    `params.structured_outputs`, None by now, was compiled to; "" leaves the text free.
     """
 
     id: str
@@ -28,6 +29,7 @@ class Request(msgspec.Struct, array_like=True, frozen=True):
     bad_word_ids: list[list[int]] = []
     cache_salt: str = ""
     whole: bool = False
+    grammar: str = ""
 
 
 class TokenLogprobs(msgspec.Struct, array_like=True, frozen=True):

@@ -12,8 +12,9 @@ from typing import Any, NotRequired, TypedDict
 
 from octavo.config.engine import EngineConfig
 from octavo.core.errors import InvalidRequest
-from octavo.core.params import INT64_MAX, SamplingParams
+from octavo.core.params import INT64_MAX, SamplingParams, StructuredOutputs
 from octavo.core.request import Request
+from octavo.structured import Vocabulary, compile_grammar
 from octavo.text import Tokenizer
 
 
@@ -44,6 +45,9 @@ class InputProcessor:
         self.max_model_len = config.scheduler.max_model_len
         self._defaults = config.model.sampling_defaults
         self._eos = frozenset(config.model.eos_token_ids)
+        self._vocabulary = (
+            None if tokenizer is None else Vocabulary(tokenizer, self.vocab_size, config.model.eos_token_ids)
+        )
 
     def default_params(self, max_tokens: int | None = None, **given: Any) -> SamplingParams:
         """`given` values, where not None, over generation_config's defaults over SamplingParams' own.
@@ -70,7 +74,11 @@ class InputProcessor:
         cache_salt: str = "",
         add_special_tokens: bool = True,
     ) -> tuple[Request, str | None]:
-        """The request, and the prompt's text where it was text. Raises InvalidRequest naming the parameter."""
+        """The request, and the prompt's text where it was text. Raises InvalidRequest naming the parameter.
+
+        With structured outputs this compiles a grammar, for up to 0.2 s, and the first time prepares the vocabulary.
+        The grammar alone then says where the text ends: `ignore_eos` has no effect.
+        """
         text, ids, salt = _parse(prompt)
         if ids is None:
             assert text is not None
@@ -81,7 +89,18 @@ class InputProcessor:
         self._check_choice(params, bad_words)
         params = params.replace(max_tokens=self._max_tokens(params, len(ids)))
         _check_unicode(cache_salt or salt, "cache_salt")
-        return Request(request_id, ids, params, arrival, bad_words, cache_salt or salt), text
+        grammar = ""
+        if params.structured_outputs is not None:
+            grammar = self._compile(params.structured_outputs)
+            params = params.replace(structured_outputs=None, ignore_eos=False)
+        return Request(request_id, ids, params, arrival, bad_words, cache_salt or salt, grammar=grammar), text
+
+    def _compile(self, spec: StructuredOutputs) -> str:
+        if self._vocabulary is None:
+            raise InvalidRequest(
+                "structured_outputs need the tokenizer, which skip_tokenizer_init left out", "structured_outputs"
+            )
+        return compile_grammar(spec, self._vocabulary)
 
     def tokenize(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of `text`, refused before tokenizing when its size alone shows that it is too long."""
@@ -89,11 +108,15 @@ class InputProcessor:
             raise InvalidRequest(
                 "a text prompt needs the tokenizer, which skip_tokenizer_init left out: give prompt_token_ids", "prompt"
             )
-        size = _check_unicode(text, "prompt")
-        if size > self.max_model_len * self.tokenizer.max_token_bytes:
-            at_least = -(-size // self.tokenizer.max_token_bytes)
-            raise self._too_long(f"at least {at_least}")
+        self.check_text(text)
         return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
+
+    def check_text(self, text: str) -> None:
+        """Refuses text whose size alone shows that its tokens cannot fit, or that is not Unicode."""
+        size = _check_unicode(text, "prompt")
+        longest = 1 if self.tokenizer is None else self.tokenizer.max_token_bytes
+        if size > self.max_model_len * longest:
+            raise self._too_long(f"at least {-(-size // longest)}")
 
     def _too_long(self, length: str) -> InvalidRequest:
         return InvalidRequest(

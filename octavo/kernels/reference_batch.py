@@ -19,19 +19,22 @@ def prepare_decode(
     *,
     tokens: Tensor,
     positions: Tensor,
+    next_positions: Tensor,
     seq_lens: Tensor,
     slots: Tensor,
 ) -> None:
     """Lays out a step of one token a row and advances num_computed by it.
 
     rows [B] int64, without repeats but for the padding row R; last_token, num_computed [R+1] int64; tables
-    [G, R+1, max_blocks] int32. Writes tokens, positions [B] int64, seq_lens [B] int32 = position + 1, slots [G, B]
-    int64. A padding row is token 0 at position 0, goes to slot 0 (in the padding block) and does not grow.
+    [G, R+1, max_blocks] int32. Writes tokens, positions, next_positions [B] int64 and seq_lens [B] int32, both
+    position + 1, and slots [G, B] int64. A padding row is token 0 at position 0, goes to slot 0 (in the padding block)
+    and does not grow.
     """
     padding = rows == num_computed.shape[0] - 1
     begin = num_computed[rows].masked_fill(padding, 0)
     tokens.copy_(last_token[rows].masked_fill(padding, 0))
     positions.copy_(begin)
+    next_positions.copy_(begin + 1)
     seq_lens.copy_(begin + 1)
     blocks = tables[:, rows, begin // block_size].long().masked_fill(padding, 0)
     slots.copy_(blocks * block_size + begin % block_size)

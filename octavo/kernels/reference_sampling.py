@@ -279,6 +279,23 @@ def apply_penalties(
         logits[part] = rows
 
 
+def apply_masks(logits: Tensor, at: Tensor, bits: Tensor) -> None:
+    """Forbids what a grammar does not allow, in place, in rows `at` of logits [S, V].
+
+    at: [M] int64 without repeats; bits: [M, ceil(V / 32)] int32 on the same device, bit i % 32 of word i // 32 allows
+    token i. Where none of the allowed tokens is left, all of them get the same logit.
+    """
+    vocab = logits.shape[1]
+    places = torch.arange(8, dtype=torch.uint8, device=bits.device)
+    step = len(at) if logits.is_cuda else max(1, _CHUNK // vocab)
+    for part, words in zip(torch.split(at, step), torch.split(bits, step), strict=True):
+        octets = words.contiguous().view(torch.uint8)  # of little-endian words
+        allowed = ((octets[:, :, None] >> places) & 1).bool().flatten(1)[:, :vocab]
+        rows = logits[part].masked_fill_(~allowed, float("-inf"))
+        lost = rows.amax(-1, keepdim=True) == float("-inf")
+        logits[part] = rows.masked_fill_(lost & allowed, 0.0)
+
+
 def top_logprobs(logits: Tensor, chosen: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probabilities of the chosen token and the k best of each row.
 

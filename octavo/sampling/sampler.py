@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from octavo.core.plan import Admit
+from octavo.core.plan import Admit, Masks
 from octavo.core.request import TokenLogprobs
 from octavo.kernels import Kernels, reference
 from octavo.sampling.rows import Array, Rows, upload
@@ -103,6 +103,7 @@ class Sampler:
         *,
         index: Tensor | None = None,
         last_token: Tensor | None = None,
+        masks: Masks | None = None,
     ) -> Samples:
         """Samples one token for each line of `logits`, which the transforms may overwrite.
 
@@ -110,6 +111,7 @@ class Sampler:
         the host, `index` the same on the device where they lie there already; positions: [S] int64 on the device, the
         index that the token will have in its sequence, prompt included. A row may come several times, at increasing
         positions (verification of drafts), unless its params.uses_history. `last_token` [R+1] gets each row's token.
+        `masks` has the lines of `logits` that follow a grammar; it is applied last, so that the grammar always holds.
         """
         lines = np.nonzero(self._logprobs[rows] >= 0)[0]
         active = [transform for transform in self._transforms if len(transform)]
@@ -119,6 +121,9 @@ class Sampler:
         raw = None if at is None else logits[at]
         for transform in active:
             transform.apply(logits, rows, positions)
+        if masks is not None:
+            at_lines, bits = (upload(array, self._device) for array in (masks.lines.astype(np.int64), masks.bits))
+            self._kernels.apply_masks(logits, at_lines, bits)
         tokens = self._choose(logits, rows, positions, index, last_token)
         if raw is None or at is None:
             return Samples(tokens)
