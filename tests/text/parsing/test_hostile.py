@@ -1,0 +1,51 @@
+"""Work on hostile text, counted in calls, grows no faster than the text. tools/parser_speed.py measures time."""
+
+from __future__ import annotations
+
+import sys
+from types import FrameType
+
+import pytest
+
+from tools.parser_speed import OPENINGS, parser, repeated, texts
+
+SIZE = 8_000
+
+
+def steps(name: str, text: str, piece: int) -> int:
+    """Python function calls (generators' resumptions included) of one parse."""
+    count = 0
+
+    def profile(_frame: FrameType, event: str, _argument: object) -> None:
+        nonlocal count
+        count += event.endswith("call")
+
+    reader = parser(name)
+    pieces = [text[at : at + piece] for at in range(0, len(text), piece)]
+    before = sys.getprofile()
+    sys.setprofile(profile)
+    try:
+        for part in pieces:
+            reader.push(part)
+        reader.finish()
+    finally:
+        sys.setprofile(before)
+    return count
+
+
+@pytest.mark.parametrize("name", OPENINGS)
+def test_work_is_linear(name: str) -> None:
+    for opening, pattern in list(texts(name))[::7]:
+        text = repeated(opening, pattern, SIZE)
+        assert steps(name, text, 4) < 60 * SIZE, (opening, pattern)
+        assert steps(name, text + text[len(opening) :], SIZE) < 3 * steps(name, text, SIZE) + 500, (opening, pattern)
+
+
+@pytest.mark.parametrize("name", OPENINGS)
+def test_the_budget_ends_parsing_not_text(name: str) -> None:
+    """Very many marks: what is not parsed any more is content."""
+    reader = parser(name)
+    begun = OPENINGS[name][-1]
+    events = reader.push(f"{begun}!" * 5000) + reader.finish()
+    kept = sum(len(event.text) for event in events if hasattr(event, "text"))
+    assert kept > 0.5 * len(begun) * 5000
