@@ -33,10 +33,10 @@ from octavo.frontend.inputs import InputProcessor, Prompt
 from octavo.frontend.outputs import RequestOutput
 from octavo.frontend.process import OutputProcessor, RequestState
 from octavo.frontend.startup import logger, open_tokenizer, resolve_config
-from octavo.text import ChatTemplate, Tokenizer
+from octavo.text import ChatTemplate, Tokenizer, model_template
 
 INLINE_CHARS = 4096
-"""Longer prompts are tokenized in a thread, so that they do not hold up the others' streams."""
+"""Longer prompts are tokenized in a thread, so that they do not hold up the others' streams; grammars always."""
 
 
 class _Ticket:
@@ -61,8 +61,7 @@ class AsyncLLM:
         """Serves with an engine that is ready already; `start` is the usual way."""
         self.config = config
         self.tokenizer = tokenizer
-        source = None if tokenizer is None else tokenizer.chat_template
-        self.chat_template = None if tokenizer is None or source is None else ChatTemplate(source, tokenizer)
+        self.chat_template = model_template(tokenizer)
         self.inputs = InputProcessor(config, tokenizer)
         self.stats = Stats()
         self._client = client
@@ -129,9 +128,11 @@ class AsyncLLM:
         stream: bool = True,
         cache_salt: str = "",
         add_special_tokens: bool = True,
+        shown: frozenset[int] = frozenset(),
     ) -> AsyncGenerator[RequestOutput]:
         """Results of one request. With `stream` each holds only what is new, else there is one, complete.
 
+        `shown` are ids of special tokens that stay in the text whatever `skip_special_tokens` says.
         `add_special_tokens` False is for text that has them already, as a rendered chat template does.
         Raises InvalidRequest before anything is sent, EngineDead when the engine ends. Closing the generator aborts.
         """
@@ -146,7 +147,7 @@ class AsyncLLM:
             )
             await self.check_health()
             request = msgspec.structs.replace(request, whole=not stream and not params.stops)
-            state = self._outputs.add(request, text, request_id=request_id, stream=stream)
+            state = self._outputs.add(request, text, request_id=request_id, stream=stream, shown=shown)
             ticket.state = state
             self._by_engine_id[engine_id] = ticket
             if ticket.aborted:
@@ -187,7 +188,7 @@ class AsyncLLM:
             )
 
         text = prompt.get("prompt") if isinstance(prompt, dict) else prompt
-        if isinstance(text, str) and len(text) > INLINE_CHARS:
+        if params.structured_outputs is not None or (isinstance(text, str) and len(text) > INLINE_CHARS):
             return await asyncio.to_thread(work)
         return work()
 

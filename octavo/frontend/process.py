@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from octavo.core.params import SamplingParams
 from octavo.core.request import Delta, FinishReason, Request, TokenLogprobs
 from octavo.frontend.outputs import CompletionOutput, Logprob, Position, RequestMetrics, RequestOutput
 from octavo.text import Detokenizer, StopMatcher, Tokenizer
@@ -20,7 +19,10 @@ from octavo.text import Detokenizer, StopMatcher, Tokenizer
 class SequenceState:
     """One sequence: what it is made of, and what of it has not been taken yet."""
 
-    def __init__(self, index: int, params: SamplingParams, tokenizer: Tokenizer | None) -> None:
+    def __init__(
+        self, index: int, request: Request, tokenizer: Tokenizer | None, shown: frozenset[int] = frozenset()
+    ) -> None:
+        params = request.params
         self.index = index
         self.finish_reason: FinishReason | None = None
         self.stop_reason: int | str | None = None
@@ -30,7 +32,12 @@ class SequenceState:
         self._tokenizer = tokenizer
         self._detokenizer: Detokenizer | None = None
         if tokenizer is not None and params.detokenize:
-            self._detokenizer = Detokenizer(tokenizer, skip_special_tokens=params.skip_special_tokens)
+            self._detokenizer = Detokenizer(
+                tokenizer,
+                skip_special_tokens=params.skip_special_tokens,
+                shown=shown,
+                prompt=request.prompt_token_ids,
+            )
         self._stopper = StopMatcher(params.stops, params.include_stop_str_in_output) if params.stops else None
         self._num_tokens = 0
         self._text: list[str] = []
@@ -110,14 +117,20 @@ class RequestState:
     """One request and its sequences. With `stream` it may be taken whenever something is new, else once, at the end."""
 
     def __init__(
-        self, request: Request, request_id: str, prompt: str | None, stream: bool, tokenizer: Tokenizer | None
+        self,
+        request: Request,
+        request_id: str,
+        prompt: str | None,
+        stream: bool,
+        tokenizer: Tokenizer | None,
+        shown: frozenset[int] = frozenset(),
     ) -> None:
         self.request = request
         self.request_id = request_id
         self.prompt = prompt
         self.stream = stream
         self.metrics = RequestMetrics(request.arrival)
-        self.sequences = [SequenceState(i, request.params, tokenizer) for i in range(request.params.n)]
+        self.sequences = [SequenceState(i, request, tokenizer, shown) for i in range(request.params.n)]
         self.unfinished = request.params.n
         self._tokenizer = tokenizer
         self._prompt_logprobs: list[Position | None] | None = None
@@ -175,11 +188,20 @@ class OutputProcessor:
         self.states: dict[str, RequestState] = {}
 
     def add(
-        self, request: Request, prompt: str | None = None, *, request_id: str | None = None, stream: bool = False
+        self,
+        request: Request,
+        prompt: str | None = None,
+        *,
+        request_id: str | None = None,
+        stream: bool = False,
+        shown: frozenset[int] = frozenset(),
     ) -> RequestState:
-        """Registers `request`; `request_id` is the caller's name for it where that differs from the engine's."""
+        """Registers `request`; `request_id` is the caller's name for it where that differs from the engine's.
+
+        `shown` are special tokens that stay in the text whatever `skip_special_tokens` says.
+        """
         assert request.id not in self.states
-        state = RequestState(request, request_id or request.id, prompt, stream, self._tokenizer)
+        state = RequestState(request, request_id or request.id, prompt, stream, self._tokenizer, shown)
         self.states[request.id] = state
         return state
 

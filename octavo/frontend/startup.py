@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
+import msgspec
+
 from octavo.config import EngineArgs, detect_device, resolve
 from octavo.config.engine import EngineConfig
 from octavo.core.facts import ModelFacts
@@ -17,6 +19,8 @@ logger = logging.getLogger("octavo")
 def resolve_config(args: EngineArgs) -> EngineConfig:
     """Finds the model (fetching it if need be) and settles every value; logs each decision. Raises ConfigError."""
     facts = read_facts(locate(args.model, args.revision), args.generation_config)
+    if args.tokenizer is not None:
+        args = msgspec.structs.replace(args, tokenizer=str(locate(args.tokenizer, args.revision)))
     config, decisions = resolve(args, facts, detect_device(args.device))
     for decision in decisions:
         logger.info("%s = %s (%s)", decision.name, decision.value, decision.reason)

@@ -4,9 +4,20 @@ Owns everything that knows both characters and tokens; reads tokenizer files thr
 requests, sampling or the engine. Start reading at tokenizer.py.
 """
 
-from octavo.text.chat import ChatTemplate, normalise_messages
+from octavo.text.chat import ChatPrompt
 from octavo.text.detokenizer import Detokenizer
+from octavo.text.messages import normalise_messages
 from octavo.text.stop import StopMatcher
+from octavo.text.template import ChatTemplate, model_template
 from octavo.text.tokenizer import Tokenizer, load_tokenizer
 
-__all__ = ["ChatTemplate", "Detokenizer", "StopMatcher", "Tokenizer", "load_tokenizer", "normalise_messages"]
+__all__ = [
+    "ChatPrompt",
+    "ChatTemplate",
+    "Detokenizer",
+    "StopMatcher",
+    "Tokenizer",
+    "load_tokenizer",
+    "model_template",
+    "normalise_messages",
+]

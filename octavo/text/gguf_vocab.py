@@ -227,7 +227,6 @@ def _vocabulary(
         token_id = metadata.get(f"tokenizer.ggml.{key}_token_id")
         if isinstance(token_id, int) and 0 <= token_id < len(pieces):
             named[f"{role}_token"] = pieces[token_id]
-    template = metadata.get("tokenizer.chat_template")
     return Vocabulary(
         encoder=encoders[0],
         plain=encoders[1],
@@ -236,9 +235,16 @@ def _vocabulary(
         special=_of_kind(kinds, Kind.CONTROL, Kind.UNKNOWN),
         added=_of_kind(kinds, Kind.USER_DEFINED),
         named=named,
-        chat_template=template if isinstance(template, str) else None,
+        chat_templates=_chat_templates(metadata),
         leading_space=leading_space,
     )
+
+
+def _chat_templates(metadata: Mapping[str, Any]) -> dict[str, str]:
+    """`tokenizer.chat_template` is the default, `tokenizer.chat_template.NAME` another."""
+    key = "tokenizer.chat_template"
+    found = {name.removeprefix(f"{key}."): text for name, text in metadata.items() if name.startswith(f"{key}.")}
+    return {name: text for name, text in ({"default": metadata.get(key)} | found).items() if isinstance(text, str)}
 
 
 def _of_kind(kinds: list[int], *wanted: int) -> frozenset[int]:

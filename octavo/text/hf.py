@@ -49,7 +49,7 @@ def read(path: Path) -> Vocabulary:
         special=frozenset(i for i, token in added.items() if token.special),
         added=frozenset() if marked else frozenset(added),
         named={role: token for role, token in named.items() if encoder.token_to_id(token) is not None},
-        chat_template=_chat_template(path, config),
+        chat_templates=_chat_templates(path, config),
         leading_space=leading_space,
     )
 
@@ -216,13 +216,21 @@ def _unknown(kind: object, file: Path) -> UnsupportedModel:
     )
 
 
-def _chat_template(path: Path, config: dict[str, Any]) -> str | None:
-    """The default template: chat_template.jinja, chat_template.json or the one in tokenizer_config.json."""
+def _chat_templates(path: Path, config: dict[str, Any]) -> dict[str, str]:
+    """The templates by name: of chat_template.jinja and additional_chat_templates/NAME.jinja, else of
+    chat_template.json or tokenizer_config.json, which hold one text or a list of named ones."""
     file = path / "chat_template.jinja"
     if file.is_file():
-        return file.read_text(encoding="utf-8")
+        found = {"default": file.read_text(encoding="utf-8")}
+        for more in sorted((path / "additional_chat_templates").glob("*.jinja")):
+            found.setdefault(more.stem, more.read_text(encoding="utf-8"))
+        return found
     template = _json(path / "chat_template.json").get("chat_template", config.get("chat_template"))
-    if isinstance(template, list):
-        named = (entry for entry in template if isinstance(entry, dict) and entry.get("name") == "default")
-        template = next(named, {}).get("template")
-    return template if isinstance(template, str) else None
+    if isinstance(template, str):
+        return {"default": template}
+    if isinstance(template, dict):
+        named: list[Any] = list(template.items())
+    else:
+        entries = template if isinstance(template, list) else []
+        named = [(entry.get("name"), entry.get("template")) for entry in entries if isinstance(entry, dict)]
+    return {name: text for name, text in named if isinstance(name, str) and isinstance(text, str)}

@@ -6,13 +6,14 @@ that arrives token by token is detokenizer.py's.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from octavo.core.errors import ConfigError, InvalidRequest
+from octavo.text.controls import Controls
 from octavo.text.pieces import Spelling
 
 if TYPE_CHECKING:
@@ -37,7 +38,8 @@ class Vocabulary:
     """Ids of other tokens that are spelled as written."""
     named: dict[str, str] = field(default_factory=dict)
     """Special tokens by role: bos_token, eos_token, unk_token, pad_token..."""
-    chat_template: str | None = None
+    chat_templates: Mapping[str, str] = field(default_factory=dict)
+    """By name; the usual one is "default"."""
     leading_space: bool = False
     """True when encoding puts a space before the text, as SentencePiece does."""
 
@@ -51,11 +53,14 @@ class Tokenizer:
         token_to_id = vocabulary.encoder.token_to_id
         self.special_tokens = vocabulary.named
         self.special_ids = vocabulary.special
-        self.chat_template = vocabulary.chat_template
+        self.chat_templates = vocabulary.chat_templates
+        self.chat_template = vocabulary.chat_templates.get("default")
         self.bos_token = vocabulary.named.get("bos_token")
         self.eos_token = vocabulary.named.get("eos_token")
         self.bos_token_id = token_to_id(self.bos_token) if self.bos_token else None
         self.eos_token_id = token_to_id(self.eos_token) if self.eos_token else None
+        self.controls = Controls(vocabulary.pieces[i] for i in vocabulary.special)
+        self._of_mark = _add_marks(vocabulary, self.controls)
 
     @property
     def vocab_size(self) -> int:
@@ -98,6 +103,11 @@ class Tokenizer:
             raise
         return [encoding.ids for encoding in encodings]
 
+    def encode_marked(self, marked: str, *, add_special_tokens: bool = False) -> list[int]:
+        """Token ids of text in which `controls.marks` stand for control tokens and their own text is only text."""
+        found = self._of_mark.get
+        return [found(i, i) for i in self.encode(marked, add_special_tokens=add_special_tokens, parse_special=False)]
+
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes that a token stands for; none for an id without a token, such as padding of the embeddings."""
         found = self._bytes.get(token_id)
@@ -131,6 +141,34 @@ class Tokenizer:
         special = self._vocabulary.special if skip_special_tokens else frozenset()
         text = b"".join(self.token_bytes(i) for i in ids if i not in special).decode(errors="replace")
         return text.removeprefix(" ") if from_start and self._vocabulary.leading_space else text
+
+
+def _add_marks(vocabulary: Vocabulary, controls: Controls) -> dict[int, int]:
+    """Adds the marks to the plain encoder, treated as their tokens are; from a mark's id to the token's."""
+    from tokenizers import AddedToken
+
+    added = {token.content: token for token in vocabulary.encoder.get_added_tokens_decoder().values()}
+    known = {text: mark for text, mark in controls.marks.items() if text in added}
+    vocabulary.plain.add_tokens(
+        [
+            AddedToken(
+                mark,
+                single_word=added[text].single_word,
+                lstrip=added[text].lstrip,
+                rstrip=added[text].rstrip,
+                normalized=added[text].normalized,
+                special=False,
+            )
+            for text, mark in known.items()
+        ]
+    )
+    of_mark: dict[int, int] = {}
+    for text, mark in known.items():
+        marked, token = vocabulary.plain.token_to_id(mark), vocabulary.encoder.token_to_id(text)
+        assert marked is not None
+        assert token is not None
+        of_mark[marked] = token
+    return of_mark
 
 
 def _check_unicode(text: str) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from octavo.core.errors import InvalidRequest
-from octavo.core.params import INT64_MAX, SamplingParams
+from octavo.core.params import INT64_MAX, SamplingParams, StructuredOutputs
 from octavo.core.request import Request
 from octavo.frontend.inputs import InputProcessor
 from tests.frontend.tiny import EOS, VOCAB, byte_tokenizer, tiny_config
@@ -140,3 +140,26 @@ def test_default_params_put_the_request_over_the_model_over_the_class() -> None:
     assert inputs.default_params(3, temperature=0.0).temperature == 0.0
     with pytest.raises(InvalidRequest, match="beam"):
         inputs.default_params(beam=3)
+
+
+def test_structured_outputs_become_a_grammar() -> None:
+    request = process([1], structured_outputs=StructuredOutputs(regex="[0-9]+"), ignore_eos=True, min_tokens=2)
+    assert "[0-9]+" in request.grammar
+    assert request.params == SamplingParams(min_tokens=2), "the engine needs no more than the grammar"
+    assert process([1]).grammar == ""
+
+
+@pytest.mark.parametrize(
+    ("given", "tokenizer", "words"),
+    [
+        ({"regex": "("}, True, "unclosed"),
+        ({"json": {"not": {}}}, True, "'not'"),
+        ({"regex": "a"}, False, "skip_tokenizer_init"),
+    ],
+)
+def test_structured_outputs_that_cannot_be_followed_are_refused(
+    given: dict[str, Any], tokenizer: bool, words: str
+) -> None:
+    with pytest.raises(InvalidRequest, match=words) as caught:
+        process([1], processor(tokenizer), structured_outputs=StructuredOutputs(**given))
+    assert caught.value.param == "structured_outputs"

@@ -1,4 +1,4 @@
-"""Chat templates against transformers' rendering, and what the sandbox refuses."""
+"""Chat templates against transformers' rendering: what they are given, which one is taken, what they read."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from octavo.core.errors import ConfigError, InvalidRequest
-from octavo.text import ChatTemplate, Tokenizer, chat, load_tokenizer, normalise_messages
+from octavo.text import ChatTemplate, Tokenizer, load_tokenizer, normalise_messages
 
 CHATML = """\
 {%- for message in messages %}
@@ -55,6 +55,7 @@ MESSAGES: list[dict[str, Any]] = [
     {"role": "assistant", "content": "Hi {{ bos_token }} there  "},
 ]
 CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": "<é>"}}}
+PARTS = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
 TOOLS = [{"type": "function", "function": {"name": "f", "description": "a < b & c", "parameters": {"b": 1, "a": [2]}}}]
 
 
@@ -80,8 +81,6 @@ def named(byte_level_json: tokenizers.Tokenizer, tmp_path_factory: pytest.TempPa
         (MESSAGES[1:2], {"add_generation_prompt": True}),
         (MESSAGES, {"add_generation_prompt": False}),
         (MESSAGES, {"add_generation_prompt": False, "continue_final_message": True}),
-        ([*MESSAGES, {"role": "tool", "content": "42", "tool_calls": [CALL]}], {"add_generation_prompt": True}),
-        (MESSAGES[:2], {"add_generation_prompt": True, "tools": TOOLS}),
     ],
 )
 def test_equals_transformers(
@@ -98,6 +97,21 @@ def test_equals_transformers(
     assert ChatTemplate(source, named).render(messages, **options) == expected
 
 
+@pytest.mark.parametrize(
+    ("messages", "options"),
+    [
+        ([*MESSAGES, {"role": "tool", "content": "42", "tool_calls": [CALL]}], {}),
+        (MESSAGES[:2], {"tools": TOOLS}),
+    ],
+)
+def test_tools_equal_transformers(
+    messages: list[dict[str, Any]], options: dict[str, Any], named: Tokenizer, reference: PreTrainedTokenizerFast
+) -> None:
+    options["add_generation_prompt"] = True
+    expected = reference.apply_chat_template(messages, chat_template=LLAMA3, tokenize=False, **options)
+    assert ChatTemplate(LLAMA3, named).render(messages, **options) == expected
+
+
 def test_chat_prompt_of_the_embedded_model(smollm: Tokenizer) -> None:
     assert smollm.chat_template is not None
     text = ChatTemplate(smollm.chat_template, smollm).render([{"role": "user", "content": "Hi"}])
@@ -107,8 +121,91 @@ def test_chat_prompt_of_the_embedded_model(smollm: Tokenizer) -> None:
 
 
 def test_arguments_reach_the_template(named: Tokenizer) -> None:
-    template = ChatTemplate("{{ enable_thinking }} {{ bos_token }} {{ strftime_now('%Y') | length }}", named)
-    assert template.render([], enable_thinking=False, bos_token="B") == "False B 4"
+    source = "{{ enable_thinking }} {{ bos_token }} {{ strftime_now('%Y') | length }} {{ documents[0].title }}"
+    template = ChatTemplate(source, named)
+    assert template.render([], enable_thinking=False, documents=[{"title": "D"}]) == "False <s> 4 D"
+    assert (template.uses("enable_thinking"), template.uses("reasoning_effort")) == (True, False)
+
+
+@pytest.mark.parametrize("name", ["bos_token", "raise_exception", "conversation", "range", "chat_template"])
+def test_names_that_are_not_a_clients(named: Tokenizer, name: str) -> None:
+    with pytest.raises(InvalidRequest, match=name) as caught:
+        ChatTemplate("x", named).render([], **{name: "y"})
+    assert caught.value.param == "chat_template_kwargs"
+
+
+def test_a_template_for_tools(named: Tokenizer) -> None:
+    template = ChatTemplate({"default": "plain", "tool_use": "{{ tools | length }}", "rag": "{% broken"}, named)
+    assert (template.render([]), template.render([], tools=TOOLS), template.render([], tools=[])) == (
+        "plain",
+        "1",
+        "plain",
+    )
+    assert template.supports_tools
+    assert template.source == "{{ tools | length }}"
+    with pytest.raises(ConfigError, match="only rag"):
+        ChatTemplate({"rag": "x"}, named)
+
+
+@pytest.mark.parametrize(
+    ("source", "content", "expected"),
+    [
+        ("{{ messages[0].content }}", PARTS, "a\nb"),
+        ("{% for part in messages[0].content %}[{{ part.text }}]{% endfor %}", PARTS, "[a][b]"),
+        ("{% for part in messages[0].content %}[{{ part.text }}]{% endfor %}", "ab", "[ab]"),
+        (
+            "{% for m in messages %}{% set content = m['content'] %}{% if content is string %}{{ content }}{% else %}"
+            "{% for part in content %}[{{ part.text }}]{% endfor %}{% endif %}{% endfor %}",
+            "ab",
+            "ab",
+        ),
+        (
+            "{% macro show(what) %}{% for part in what %}[{{ part['text'] }}]{% endfor %}{% endmacro %}"
+            "{% for m in messages %}{{ show(m.content) }}{% endfor %}",
+            PARTS,
+            "[a][b]",
+        ),
+        ("{% for m in messages %}{% for c in m.content | list %}.{% endfor %}{% endfor %}", "abc", "."),
+    ],
+)
+def test_content_in_the_form_that_a_template_reads(
+    named: Tokenizer, source: str, content: object, expected: str
+) -> None:
+    messages = normalise_messages([{"role": "user", "content": content}])
+    assert ChatTemplate(source, named).render(messages) == expected
+
+
+def test_a_role_that_a_template_may_know(named: Tokenizer) -> None:
+    roles = "{% for m in messages %}{{ m.role }}{% endfor %}"
+    developer = [{"role": "developer", "content": "x"}]
+    assert ChatTemplate(roles, named).render(developer) == "system"
+    assert ChatTemplate(roles + "{% if x == 'developer' %}{% endif %}", named).render(developer) == "developer"
+
+
+def test_a_template_of_a_request(named: Tokenizer) -> None:
+    assert ChatTemplate.foreign("{{ messages[0].content }}", named).render(MESSAGES) == MESSAGES[0]["content"]
+    for source in ("{% if %}", "x" * 40_000, "{{ " + "(" * 3000 + "1" + ")" * 3000 + " }}"):
+        with pytest.raises(InvalidRequest) as caught:
+            ChatTemplate.foreign(source, named)
+        assert caught.value.param == "chat_template"
+    with pytest.raises(InvalidRequest, match="no such message") as caught:
+        ChatTemplate.foreign("{{ raise_exception('no such message') }}", named).render([])
+    assert caught.value.param == "chat_template"
+
+
+def test_errors_are_short(named: Tokenizer) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        ChatTemplate("{{ raise_exception(messages[0].content) }}", named).render([{"content": "x" * 10**6}])
+    assert len(str(caught.value)) < 1000
+
+
+def test_a_bos_token_is_not_doubled(spm: Tokenizer) -> None:
+    template = ChatTemplate("{{ bos_token }}ab", spm)
+    plain = ChatTemplate("ab", spm)
+    assert template.encode(template.rendered([]), add_special_tokens=True) == spm.encode("ab")
+    assert template.encode(template.rendered([])) == spm.encode("ab")
+    assert plain.encode(plain.rendered([]), add_special_tokens=True) == spm.encode("ab")
+    assert plain.encode(plain.rendered([])) == spm.encode("ab", add_special_tokens=False)
 
 
 def test_continuing_a_message(named: Tokenizer) -> None:
@@ -123,6 +220,8 @@ def test_continuing_a_message(named: Tokenizer) -> None:
     assert render(kept, "The answer ") == "[<octavo-continues-here>][The answer "
     assert render(kept, "") == "[<octavo-continues-here>]["
     assert render("{{ messages[1].content | trim }}.", "The answer ") == "The answer"
+    parts = "{% for m in messages %}{% for part in m.content %}({{ part.text }}){% endfor %}{% endfor %}"
+    assert render(parts, [{"type": "text", "text": text} for text in "ab"]).endswith("(a)(b")
     for source, content in ((kept, None), ("{{ messages[0].role }}", "lost")):
         with pytest.raises(InvalidRequest) as caught:
             render(source, content)
@@ -140,59 +239,10 @@ def test_template_that_does_not_compile(named: Tokenizer, source: str) -> None:
         ChatTemplate(source, named)
 
 
-@pytest.mark.parametrize(
-    ("source", "match"),
-    [
-        ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
-        ("{{ messages[0].content + 1 }}", "TypeError"),
-        ("{{ messages[7].content.x }}", "has no element 7"),
-        ("{{ 1 // 0 }}", "ZeroDivisionError"),
-        ("{{ messages.append(1) }}", "unsafe"),
-        ("{{ ''.__class__.__mro__ }}", "unsafe"),
-        ("{{ 'x' * 10 ** 10 }}", "too large"),
-        ("{{ 10 ** 8 * ['x'] }}", "too large"),
-        ("{{ 9 ** (9 ** 9) }}", "too large"),
-        ("{% for _ in range(10 ** 9) %}x{% endfor %}", "Range too big"),
-        ("{% for _ in range(99) %}{{ 'x' * 1000000 }}{% endfor %}", "its output exceeds"),
-    ],
-)
-def test_template_that_fails(named: Tokenizer, source: str, match: str) -> None:
-    with pytest.raises(InvalidRequest, match=match) as caught:
-        ChatTemplate(source, named).render([{"role": "user", "content": "Hi"}])
-    assert caught.value.param == "messages"
-
-
-def test_template_that_takes_too_long(named: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chat, "MAX_RENDER_SECONDS", 0.0)
-    with pytest.raises(InvalidRequest, match="runs for more than"):
-        ChatTemplate(CHATML, named).render(MESSAGES)
-
-
-def test_messages_are_made_plain() -> None:
-    messages: list[dict[str, Any]] = [
-        {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "input_text", "text": "b"}, "c"]},
-        {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": '{"x": 1}'}}]},
-        {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "no json"}}, {"id": "1"}]},
-    ]
-    plain = normalise_messages(messages)
-    assert [message["content"] for message in plain] == ["a\nb\nc", "", ""]
-    assert plain[1]["tool_calls"] == [{"function": {"name": "f", "arguments": {"x": 1}}}]
-    assert plain[2]["tool_calls"] == messages[2]["tool_calls"]
-    assert messages[1]["content"] is None
-
-
-@pytest.mark.parametrize(
-    ("message", "match"),
-    [
-        ({"role": "user", "content": [{"type": "image_url", "image_url": {}}]}, r"messages\[0\] .*'image_url'"),
-        ({"role": "user", "content": [{"type": "text"}]}, "part without text"),
-        ({"role": "user", "content": 7}, "content must be text"),
-        ({"content": "x"}, "with a role"),
-        ("text", "with a role"),
-        ({"role": "assistant", "tool_calls": "f()"}, "tool_calls must be"),
-    ],
-)
-def test_messages_that_are_refused(message: Any, match: str) -> None:
-    with pytest.raises(InvalidRequest, match=match) as caught:
-        normalise_messages([message])
-    assert caught.value.param == "messages"
+def test_what_is_nested_too_deeply(named: Tokenizer) -> None:
+    deep: Any = []
+    for _ in range(900):
+        deep = [deep]
+    for source in ("x", "{{ tools | tojson }}"):
+        with pytest.raises(InvalidRequest, match="nested too deeply"):
+            ChatTemplate(source, named).render(MESSAGES, tools=[{"function": {"parameters": deep}}])

@@ -69,3 +69,41 @@ def test_unfinished_character_is_flushed_once(smollm: Tokenizer) -> None:
 @pytest.mark.parametrize("skip", [True, False])
 def test_nothing_in_nothing_out(smollm: Tokenizer, skip: bool) -> None:
     assert emitted(smollm, [[], []], skip=skip) == ["", "", ""]
+
+
+@pytest.mark.parametrize("cut", [1, 2, 3])
+def test_the_prompts_character_is_not_the_completions(spm: Tokenizer, cut: int) -> None:
+    """Ids 4 to 259 are single bytes. What completes the prompt's character is left out, whatever the chunks."""
+    data = [byte + 4 for byte in "🙂".encode()]
+    prompt, rest = data[:cut], data[cut:]
+    hi = [byte + 4 for byte in b"hi"]
+    for chunks in ([[*rest, *hi]], [[token] for token in (*rest, *hi)]):
+        decoder = Detokenizer(spm, prompt=[*hi, *prompt])
+        assert "".join([*map(decoder.push, chunks), decoder.flush()]) == "hi"
+
+
+def test_a_prompts_character_that_is_never_completed(spm: Tokenizer) -> None:
+    prompt = [0xF0 + 4, 0x9F + 4]
+    hi = [byte + 4 for byte in b"hi"]
+    for ids, text in (([], ""), ([0x99 + 4], ""), (hi, "hi"), ([0x99 + 4, *hi], "hi"), ([0xF0 + 4], "\ufffd")):
+        decoder = Detokenizer(spm, prompt=prompt)
+        assert decoder.push(ids) + decoder.flush() == text, ids
+
+
+def test_a_prompt_that_ends_with_a_character(spm: Tokenizer) -> None:
+    whole = [byte + 4 for byte in "é🙂".encode()]
+    stray = [0x82 + 4]
+    for prompt in ([], whole, [*whole[:-1], 2], [1, 2]):
+        decoder = Detokenizer(spm, prompt=prompt)
+        assert decoder.push(stray) + decoder.push(whole) + decoder.flush() == "\ufffdé🙂"
+
+
+def test_a_byte_level_prompt_inside_a_character(smollm: Tokenizer) -> None:
+    head, tail = smollm.encode("🙂")[:1], smollm.encode("🙂")[1:]
+    assert Detokenizer(smollm, prompt=head).push([*tail, *smollm.encode(" ok")]) == " ok"
+
+
+def test_special_tokens_that_are_shown(smollm: Tokenizer) -> None:
+    decoder = Detokenizer(smollm, shown=frozenset({2}))
+    assert decoder.push([1, 2]) == "<|im_end|>"
+    assert 2 in smollm.special_ids

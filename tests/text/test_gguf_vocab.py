@@ -171,3 +171,10 @@ def test_every_cut_loses_nothing(name: str) -> None:
     text = TEXT + "漢字ひらがな  \t\r\n१२३ 'ſ ﷽"
     spans = [span for _, span in cut_named(name).build().pre_tokenize_str(text)]
     assert "".join(text[start:end] for start, end in spans) == text
+
+
+def test_chat_templates_by_name(bpe_metadata: Callable[..., dict[str, Any]]) -> None:
+    metadata = bpe_metadata() | {"tokenizer.chat_template": "plain", "tokenizer.chat_template.tool_use": "tools"}
+    assert from_metadata(metadata).chat_templates == {"default": "plain", "tool_use": "tools"}
+    tokenizer = Tokenizer(from_metadata(bpe_metadata()))
+    assert (tokenizer.chat_template, tokenizer.chat_templates) == (None, {})

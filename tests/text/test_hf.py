@@ -145,6 +145,16 @@ def test_chat_template_by_precedence(byte_level_json: tokenizers.Tokenizer, tmp_
     assert load_tokenizer(directory).chat_template == "from jinja\n"
 
 
+def test_named_chat_templates(byte_level_json: tokenizers.Tokenizer, tmp_path: Path) -> None:
+    several = [{"name": "default", "template": "plain"}, {"name": "tool_use", "template": "tools"}, {"name": "broken"}]
+    directory = write(tmp_path, byte_level_json, tokenizer_config={"chat_template": several})
+    assert load_tokenizer(directory).chat_templates == {"default": "plain", "tool_use": "tools"}
+    (directory / "chat_template.jinja").write_text("from jinja", encoding="utf-8")
+    (directory / "additional_chat_templates").mkdir()
+    (directory / "additional_chat_templates" / "rag.jinja").write_text("documents", encoding="utf-8")
+    assert load_tokenizer(directory).chat_templates == {"default": "from jinja", "rag": "documents"}
+
+
 def test_no_chat_template(byte_level: Tokenizer) -> None:
     assert byte_level.chat_template is None
 
