@@ -116,8 +116,8 @@ class EngineArgs(Args, frozen=True, kw_only=True):
         Positive | None,
         Meta(description="Number of KV blocks, in place of what is worked out"),
     ] = None
-    tensor_parallel_size: Annotated[Positive, Meta(description="GPUs that share a layer (only 1 so far)")] = 1
-    pipeline_parallel_size: Annotated[Positive, Meta(description="Stages of layers (only 1 so far)")] = 1
+    tensor_parallel_size: Annotated[Positive, Meta(description="GPUs (on a CPU processes) that share each layer")] = 1
+    pipeline_parallel_size: Annotated[Positive, Meta(description="Stages of layers, each on GPUs of its own")] = 1
 
     def __post_init__(self) -> None:
         spelled = str(self.dtype).removeprefix("torch.")
@@ -127,9 +127,6 @@ class EngineArgs(Args, frozen=True, kw_only=True):
     def check(self) -> None:
         if self.block_size & (self.block_size - 1):
             raise ConfigError(f"--block-size is {self.block_size}: choose a power of two from 1 to 256")
-        for name in ("tensor_parallel_size", "pipeline_parallel_size"):
-            if (size := getattr(self, name)) > 1:
-                raise ConfigError(f"{flag_of(name)} is {size}: more than one is not built yet, leave it at 1")
         if self.kv_cache_memory_bytes is not None and self.num_gpu_blocks_override is not None:
             raise ConfigError("--kv-cache-memory-bytes and --num-gpu-blocks-override both size the KV cache: give one")
 
@@ -150,6 +147,17 @@ class ServerArgs(Args, frozen=True, kw_only=True):
     chat_template: Annotated[
         str | None, Meta(description="Chat template in place of the model's: a file, or the template itself")
     ] = None
+    trust_request_chat_template: Annotated[
+        bool, Meta(description="Let a request bring its own chat_template, which runs in the sandbox")
+    ] = False
+    tool_call_parser: Annotated[
+        str,
+        Meta(description="Format of the model's tool calls; auto sees it in the chat template, none reads no calls"),
+    ] = "auto"
+    reasoning_parser: Annotated[
+        str,
+        Meta(description="Format of the model's reasoning, likewise; none leaves it in the content"),
+    ] = "auto"
     uvicorn_log_level: Annotated[
         Literal["critical", "error", "warning", "info", "debug", "trace"],
         Meta(description="What the HTTP layer logs"),

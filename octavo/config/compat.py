@@ -72,7 +72,7 @@ REFUSED: dict[str, tuple[str, ...]] = {
     "disable_hybrid_kv_cache_manager": ("false",),
     "disable_sliding_window": ("false",),
     "download_dir": (),
-    "enable_auto_tool_choice": ("false",),
+    "enable_auto_tool_choice": ("true",),
     "enable_chunked_prefill": ("true",),
     "enable_eplb": ("false",),
     "enable_expert_parallel": ("false",),
@@ -103,7 +103,6 @@ REFUSED: dict[str, tuple[str, ...]] = {
     "override_generation_config": ("{}",),
     "override_neuron_config": ("{}",),
     "override_pooler_config": (),
-    "reasoning_parser": ("",),
     "response_role": ("assistant",),
     "return_tokens_as_token_ids": ("false",),
     "root_path": ("",),
@@ -121,7 +120,6 @@ REFUSED: dict[str, tuple[str, ...]] = {
     "task": ("auto", "generate"),
     "tokenizer_mode": ("auto", "hf"),
     "tokenizer_revision": (),
-    "tool_call_parser": (),
     "worker_cls": ("auto",),
     "worker_extension_cls": ("",),
 }
@@ -135,6 +133,10 @@ SWITCHES: frozenset[str] = frozenset(
     or name in ("async_scheduling", "uvicorn_access_log")
 )
 """Those of both tables that are switches on the command line; the others take a value."""
+
+
+_SERVERS = frozenset(("served_model_name", "tool_call_parser", "reasoning_parser"))
+"""Arguments of vLLM's LLM that only the server here has."""
 
 
 def drop(name: str, value: Any) -> str:
@@ -178,8 +180,8 @@ def engine_args_from_kwargs(model: str | None, kwargs: dict[str, Any]) -> tuple[
                 given[name] = value
         elif name in HARMLESS or name in REFUSED:
             dropped.append(drop(name, value))
-        elif name == "served_model_name":
-            dropped.append("served_model_name is the server's and changes no result here")
+        elif name in _SERVERS:
+            dropped.append(f"{name} is the server's and changes no result here")
         else:
             raise unknown(name, own | HARMLESS | REFUSED.keys())
     return EngineArgs(model=model, **given), dropped

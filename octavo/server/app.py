@@ -25,6 +25,7 @@ from octavo.server.chat import chat_completions
 from octavo.server.completions import completions
 from octavo.server.context import Context, context_of
 from octavo.server.errors import HTTPError, answer_error, error_response
+from octavo.server.openapi import describe
 from octavo.server.tokenization import detokenize, tokenize
 from octavo.server.wire import ModelCard, ModelList, Version, encode
 
@@ -45,6 +46,7 @@ def create_app(llm: Backend, settings: ServerSettings) -> Starlette:
             Route("/health", health, methods=["GET"]),
             Route("/version", show_version, methods=["GET"]),
             Route("/metrics", metrics, methods=["GET"]),
+            Route("/openapi.json", openapi, methods=["GET"]),
         ],
         middleware=[Middleware(KeyCheck, keys=settings.api_keys)] if settings.api_keys else [],
         exception_handlers={
@@ -97,6 +99,10 @@ async def show_version(request: Request) -> Response:
 
 async def metrics(request: Request) -> Response:
     return Response(context_of(request).metrics.text(), headers={"content-type": CONTENT_TYPE_PLAIN_0_0_4})
+
+
+async def openapi(request: Request) -> Response:
+    return _json(describe(context_of(request).version))
 
 
 class KeyCheck:

@@ -9,6 +9,8 @@ from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+from octavo.server.formats import check_parser_names
+
 if TYPE_CHECKING:
     from octavo.config.engine import EngineConfig
     from octavo.core.facts import ModelFacts
@@ -38,9 +40,19 @@ class Backend(Protocol):
         ...
 
     def generate(
-        self, prompt: Prompt, params: SamplingParams, request_id: str, *, stream: bool = True, cache_salt: str = ""
+        self,
+        prompt: Prompt,
+        params: SamplingParams,
+        request_id: str,
+        *,
+        stream: bool = True,
+        cache_salt: str = "",
+        shown: frozenset[int] = frozenset(),
     ) -> AsyncGenerator[RequestOutput, None]:
-        """With `stream` what is new each time, else one final output. Closing the generator aborts."""
+        """With `stream` what is new each time, else one final output. Closing the generator aborts.
+
+        `shown` are ids of control tokens that stay in the text whatever `skip_special_tokens` says.
+        """
         ...
 
     async def check_health(self) -> None:
@@ -52,7 +64,7 @@ class Backend(Protocol):
 
 @dataclass(frozen=True)
 class ServerSettings:
-    """What an operator decides about the HTTP side."""
+    """What an operator decides about the HTTP side. Raises ConfigError for parsers that there are not."""
 
     served_model_names: tuple[str, ...]
     """Names that requests may use; responses without one and /v1/models begin with the first."""
@@ -60,8 +72,15 @@ class ServerSettings:
     """One of them must come as bearer token on every route but /health; none asks for no key."""
     max_body_bytes: int = 8 * 2**20
     """Decoding a body of this size into millions of objects stops the event loop for about 0.1 s."""
+    trust_request_chat_template: bool = False
+    """Whether a request may bring its own chat template."""
+    tool_call_parser: str = "auto"
+    """A format of `text.parsing`; auto is what the chat template shows, none reads no calls."""
+    reasoning_parser: str = "auto"
+    """Likewise; none leaves reasoning in the content."""
     shutdown_grace: float = 5.0
     """Seconds that open requests have to finish once the server is told to stop."""
 
     def __post_init__(self) -> None:
         assert self.served_model_names, "a server has at least one model name"
+        check_parser_names(self.tool_call_parser, self.reasoning_parser)

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
 from octavo.core.errors import InvalidRequest
-from octavo.core.params import SamplingParams
+from octavo.core.params import SamplingParams, StructuredOutputs
 from octavo.frontend.outputs import CompletionOutput, RequestOutput
+from octavo.server.answer import Answer, Reading
+from octavo.server.constraints import request_constraint
 from octavo.server.context import Context
-from octavo.server.fields import ChatRequest, parse, sampling_fields
-from octavo.server.generation import Job, rename, respond
+from octavo.server.errors import rename
+from octavo.server.fields import ChatRequest, sampling_fields
+from octavo.server.generation import Job, respond
 from octavo.server.logprobs import chat_logprobs, prompt_logprobs, shown
-from octavo.server.prompts import chat_prompt
+from octavo.server.prompts import chat_prompt, template_of
+from octavo.server.table import parse
+from octavo.server.tools import Tools, request_tools
 from octavo.server.wire import (
     ChatChoice,
     ChatChunk,
@@ -20,10 +28,11 @@ from octavo.server.wire import (
     ChatCompletion,
     ChatDelta,
     ChatLogprobs,
-    ChatMessage,
     encode,
     sse,
 )
+from octavo.text import ChatPrompt, ChatTemplate
+from octavo.text.parsing import starts_in_reasoning
 
 
 async def chat_completions(request: Request) -> Response:
@@ -33,31 +42,97 @@ async def chat_completions(request: Request) -> Response:
 def prepare(context: Context, body: bytes) -> ChatJob:
     request = parse(ChatRequest, body)
     context.model_name(request.model)
-    params = _params(context, request)
+    tools = request_tools(request)
+    constraint, param = _constraint(request, tools)
+    names = _names(request, param)
+    params = _params(context, request, constraint, names)
+    template = template_of(context, request.chat_template)
     prompt = chat_prompt(
         context,
         request.messages,
+        chat_template=request.chat_template,
+        tools=None if tools is None else tools.told,
+        documents=_documents(request, template),
         add_generation_prompt=request.add_generation_prompt,
         continue_final_message=request.continue_final_message,
         add_special_tokens=request.add_special_tokens,
-        template_kwargs=request.chat_template_kwargs,
+        template_kwargs=_template_kwargs(request, template),
     )
-    return ChatJob(context, request, params, prompt)
+    reading = _reading(context, request, tools, template, prompt)
+    if constraint is not None and reading.in_reasoning:
+        after = context.formats.reasoning_end(reading.formats)
+        params = params.replace(structured_outputs=msgspec.structs.replace(constraint, after=after))
+    return ChatJob(context, request, params, prompt.ids, names, reading)
 
 
-def _params(context: Context, request: ChatRequest) -> SamplingParams:
-    given = sampling_fields(request) | {"logprobs": _num_logprobs(request)}
+def _constraint(request: ChatRequest, tools: Tools | None) -> tuple[StructuredOutputs | None, str]:
+    """What the answer must look like, and the field that says so."""
+    constraint, param = request_constraint(request)
+    if tools is None:
+        return constraint, param
+    if constraint is not None:
+        raise InvalidRequest(
+            f"{param} constrains the whole answer, which leaves no room for tool calls: set tool_choice to none", param
+        )
+    if not tools.constrained:
+        return None, param
+    tools.check()
+    return StructuredOutputs(json=tools.schema()), tools.param
+
+
+def _reading(
+    context: Context, request: ChatRequest, tools: Tools | None, template: ChatTemplate, prompt: ChatPrompt
+) -> Reading:
+    formats = context.formats.of(template.source, tools=tools is not None)
+    return Reading(
+        formats=formats,
+        tools=tools,
+        in_reasoning=starts_in_reasoning(formats, prompt.tail),
+        include_reasoning=request.include_reasoning is not False,
+    )
+
+
+def _documents(request: ChatRequest, template: ChatTemplate) -> list[dict[str, Any]] | None:
+    if request.documents and not template.uses("documents"):
+        raise _unread("documents")
+    return request.documents
+
+
+def _template_kwargs(request: ChatRequest, template: ChatTemplate) -> dict[str, Any]:
+    """The client's, and what `reasoning_effort` means to the template: some know only whether to think."""
+    given, effort = request.chat_template_kwargs or {}, request.reasoning_effort
+    if effort is None:
+        return given
+    if template.uses("reasoning_effort"):
+        meant: dict[str, Any] = {"reasoning_effort": effort}
+    elif effort == "none" and template.uses("enable_thinking"):
+        meant = {"enable_thinking": False}
+    else:
+        raise _unread("reasoning_effort")
+    for name, value in meant.items():
+        if given.get(name, value) != value:
+            raise InvalidRequest(f"reasoning_effort and chat_template_kwargs differ about {name}", "reasoning_effort")
+    return given | meant
+
+
+def _unread(name: str) -> InvalidRequest:
+    return InvalidRequest(f"this model's chat template does not read {name}: leave it out", name)
+
+
+def _params(
+    context: Context, request: ChatRequest, constraint: StructuredOutputs | None, names: dict[str, str]
+) -> SamplingParams:
+    given = sampling_fields(request) | {"logprobs": _num_logprobs(request), "structured_outputs": constraint}
     if request.stream and request.prompt_logprobs is not None:
         raise InvalidRequest("prompt_logprobs cannot be streamed", "prompt_logprobs")
-    names = _names(request)
     try:
         return context.backend.default_params(_max_tokens(request), **given)
     except InvalidRequest as error:
         raise rename(error, names) from None
 
 
-def _names(request: ChatRequest) -> dict[str, str]:
-    names = {"logprobs": "top_logprobs", "prompt": "messages"}
+def _names(request: ChatRequest, constraint: str) -> dict[str, str]:
+    names = {"logprobs": "top_logprobs", "prompt": "messages", "structured_outputs": constraint}
     return names if request.max_completion_tokens is None else names | {"max_tokens": "max_completion_tokens"}
 
 
@@ -79,34 +154,47 @@ def _max_tokens(request: ChatRequest) -> int | None:
 
 
 class ChatJob(Job):
-    def __init__(self, context: Context, request: ChatRequest, params: SamplingParams, prompt: list[int]) -> None:
+    def __init__(
+        self,
+        context: Context,
+        request: ChatRequest,
+        params: SamplingParams,
+        prompt: list[int],
+        names: dict[str, str],
+        reading: Reading,
+    ) -> None:
         super().__init__(context, request, params, [prompt], "chatcmpl")
-        self.renamed = _names(request)
-        self._begun: set[int] = set()
-        """Choices whose role has been told."""
+        self.renamed = names
+        self.shown = context.formats.shown(reading.formats)
+        self.reading = reading
+        self._answers: dict[int, Answer] = {}
+        """Of the choices that have begun."""
 
     def event(self, prompt: int, output: RequestOutput) -> bytes:
         return b"".join(self._chunks(choice) for choice in output.outputs)
 
     def _chunks(self, output: CompletionOutput) -> bytes:
-        """The role before a choice's first news, then its text, then its end: a chunk each."""
+        """The role before a choice's first news, then its news, then its end: a chunk each."""
         chunks = []
-        if output.index not in self._begun:
-            self._begun.add(output.index)
-            opening = self._chunk(output.index, ChatDelta("assistant", ""))
+        answer = self._answers.get(output.index)
+        if answer is None:
+            answer = self._answers[output.index] = Answer(self.reading)
+            opening = self._chunk(output.index, ChatDelta(role="assistant", content=""))
             if self.return_token_ids:
                 opening.prompt_token_ids = self.prompts[0]
             chunks.append(opening)
+        news = [self._chunk(output.index, delta) for delta in answer.deltas(output)]
         logprobs = self._logprobs(output)
-        if output.text or (logprobs and logprobs.content) or (self.return_token_ids and output.token_ids):
-            chunk = self._chunk(output.index, ChatDelta(content=output.text))
-            chunk.choices[0].logprobs = logprobs
+        if not news and ((logprobs and logprobs.content) or (self.return_token_ids and output.token_ids)):
+            news.append(self._chunk(output.index, ChatDelta(content="")))
+        if news:
+            news[0].choices[0].logprobs = logprobs
             if self.return_token_ids:
-                chunk.choices[0].token_ids = output.token_ids
-            chunks.append(chunk)
+                news[0].choices[0].token_ids = output.token_ids
+        chunks += news
         if output.finish_reason is not None:
             chunk = self._chunk(output.index, ChatDelta())
-            chunk.choices[0].finish_reason = output.finish_reason
+            chunk.choices[0].finish_reason = answer.finish_reason(output)
             chunk.choices[0].stop_reason = output.stop_reason
             chunks.append(chunk)
         return b"".join(sse(encode(chunk)) for chunk in chunks)
@@ -149,11 +237,12 @@ class ChatJob(Job):
         return encode(completion)
 
     def _choice(self, output: CompletionOutput) -> ChatChoice:
+        answer = Answer(self.reading)
         choice = ChatChoice(
             index=output.index,
-            message=ChatMessage(content=output.text),
+            message=answer.message(output),
             logprobs=self._logprobs(output),
-            finish_reason=output.finish_reason,
+            finish_reason=answer.finish_reason(output),
             stop_reason=output.stop_reason,
         )
         if self.return_token_ids:
@@ -164,4 +253,4 @@ class ChatJob(Job):
         positions = shown(output, self.params)
         if positions is None:
             return None
-        return chat_logprobs(positions, self.params.logprobs or 0, self.tokenizer)
+        return chat_logprobs(positions, self.params.logprobs or 0, self.tokenizer, as_ids=self.tokens_as_ids)

@@ -6,13 +6,15 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from octavo.core.errors import InvalidRequest
-from octavo.core.params import SamplingParams
+from octavo.core.params import SamplingParams, StructuredOutputs
 from octavo.frontend.outputs import CompletionOutput, Position, RequestOutput
+from octavo.server.constraints import request_constraint
 from octavo.server.context import Context
-from octavo.server.fields import CompletionRequest, parse, sampling_fields
+from octavo.server.fields import CompletionRequest, sampling_fields
 from octavo.server.generation import Job, respond
 from octavo.server.logprobs import completion_logprobs, prompt_logprobs, shown
 from octavo.server.prompts import completion_prompts
+from octavo.server.table import parse
 from octavo.server.wire import Completion, CompletionChoice, CompletionLogprobs, encode, sse
 
 DEFAULT_MAX_TOKENS = 16
@@ -26,7 +28,10 @@ async def completions(request: Request) -> Response:
 def prepare(context: Context, body: bytes) -> CompletionJob:
     request = parse(CompletionRequest, body)
     context.model_name(request.model)
-    params = _params(context, request)
+    constraint, param = request_constraint(request)
+    params = _params(context, request, constraint)
+    if request.best_of not in (None, 1, params.n):
+        raise InvalidRequest(f"best_of is {request.best_of}: only 1 and n, {params.n}, are supported", "best_of")
     prompts = completion_prompts(request.prompt, context.max_model_len)
     if len(prompts) * params.n > MAX_CHOICES:
         raise InvalidRequest(f"{len(prompts)} prompts x n {params.n} are more than {MAX_CHOICES} choices", "n")
@@ -36,12 +41,12 @@ def prepare(context: Context, body: bytes) -> CompletionJob:
         for prompt in prompts
     ]
     texts = [_prompt_text(context, prompt) for prompt in prompts] if request.echo else []
-    return CompletionJob(context, request, params, ids, texts)
+    return CompletionJob(context, request, params, ids, texts, {"structured_outputs": param})
 
 
-def _params(context: Context, request: CompletionRequest) -> SamplingParams:
+def _params(context: Context, request: CompletionRequest, constraint: StructuredOutputs | None) -> SamplingParams:
     """With `echo`, the prompt's logprobs are wanted too, and max_tokens 0, the prompt alone, computes one token."""
-    given = sampling_fields(request) | {"logprobs": request.logprobs}
+    given = sampling_fields(request) | {"logprobs": request.logprobs, "structured_outputs": constraint}
     if request.stream and request.prompt_logprobs is not None:
         raise InvalidRequest("prompt_logprobs cannot be streamed", "prompt_logprobs")
     if request.echo and request.logprobs is not None and request.prompt_logprobs is None:
@@ -69,8 +74,10 @@ class CompletionJob(Job):
         params: SamplingParams,
         prompts: list[list[int]],
         texts: list[str],
+        names: dict[str, str],
     ) -> None:
         super().__init__(context, request, params, prompts, "cmpl")
+        self.renamed = names
         self.echo = texts
         """The prompts' texts, when they are to be returned."""
         self.prompt_only = request.max_tokens == 0
@@ -133,7 +140,7 @@ class CompletionJob(Job):
         told: list[Position | None] = [] if self.prompt_only else [*positions]
         if first and self.echo:
             told, first_text = [*self._echoed(prompt, whole), *told], self._token_text(self.prompts[prompt][0])
-        lists, self._offsets[index] = completion_logprobs(told, offset, first_text)
+        lists, self._offsets[index] = completion_logprobs(told, offset, first_text, as_ids=self.tokens_as_ids)
         return lists
 
     def _echoed(self, prompt: int, whole: RequestOutput) -> list[Position | None]:
@@ -143,5 +150,7 @@ class CompletionJob(Job):
         return self._prompt_positions[prompt]
 
     def _token_text(self, token: int) -> str:
+        if self.tokens_as_ids:
+            return f"token_id:{token}"
         assert self.tokenizer is not None, "echo was refused without a tokenizer"
         return self.tokenizer.token_text(token)

@@ -12,6 +12,7 @@ from starlette.requests import Request
 
 from octavo.frontend.inputs import InputProcessor
 from octavo.server.errors import HTTPError
+from octavo.server.formats import ModelFormats
 from octavo.server.metrics import Metrics
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ class Context:
         self.version = version
         self.created = int(time.time())
         self.inputs = InputProcessor(backend.config, backend.tokenizer)
+        self.formats = ModelFormats(settings.tool_call_parser, settings.reasoning_parser, backend.tokenizer)
         self.metrics = Metrics(backend, settings.served_model_names[0])
         self.running: set[asyncio.Task[Any]] = set()
         """Work of open requests; cancelling one answers its request with 503."""

@@ -48,6 +48,15 @@ class GenerationFailed(OctavoError):
     """The engine ended a request with an error of its own making."""
 
 
+def rename(error: InvalidRequest, names: Mapping[str, str]) -> InvalidRequest:
+    """`error` under the names that the route's client knows."""
+    if error.param is None or error.param not in names:
+        return error
+    new = names[error.param]
+    text = str(error)
+    return InvalidRequest(new + text.removeprefix(error.param) if text.startswith(error.param) else text, new)
+
+
 class ErrorInfo(msgspec.Struct):
     message: str
     type: str

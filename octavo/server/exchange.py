@@ -9,6 +9,7 @@ Knows nothing of what is asked or answered. The client's going is watched while 
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from typing import Any, TypeVar
 
@@ -22,6 +23,11 @@ from octavo.server.wire import SSE_DONE, sse
 
 INLINE_BYTES = 2048
 """Bodies up to this size are parsed, rendered and tokenized on the event loop (about 1 ms), others in a thread."""
+
+_COSTLY = re.compile(
+    rb'"(?:tools|functions|documents|chat_template|structured_outputs|response_format|guided_\w+)"|\\u', re.ASCII
+)
+"""What makes a small body slow: programs, schemas and grammars of the client's. An escaped letter may spell a key."""
 
 T = TypeVar("T")
 
@@ -44,8 +50,10 @@ def _too_large(limit: int) -> HTTPError:
 
 
 async def offload(work: Callable[[bytes], T], body: bytes) -> T:
-    """`work(body)`, in a thread when the body is large."""
-    return work(body) if len(body) <= INLINE_BYTES else await asyncio.to_thread(work, body)
+    """`work(body)`, in a thread when the body is large or asks for what may take long."""
+    if len(body) <= INLINE_BYTES and not _COSTLY.search(body):
+        return work(body)
+    return await asyncio.to_thread(work, body)
 
 
 async def _disconnected(receive: Receive) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import time
 import uuid
 from abc import ABC, abstractmethod
@@ -21,12 +22,15 @@ from octavo.core.errors import InvalidRequest, OctavoError
 from octavo.core.params import SamplingParams
 from octavo.frontend.outputs import RequestOutput
 from octavo.server.context import Context, context_of
-from octavo.server.errors import GenerationFailed
+from octavo.server.errors import GenerationFailed, rename
 from octavo.server.exchange import EventStream, error_event, offload, read_body, while_connected
-from octavo.server.fields import GenerationRequest, StreamOptions, parse
+from octavo.server.fields import GenerationRequest, StreamOptions
+from octavo.server.table import parse
 from octavo.server.wire import PromptTokensDetails, Usage
 
 logger = logging.getLogger(__name__)
+
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 
 class Job(ABC):
@@ -43,7 +47,7 @@ class Job(ABC):
         prompts: list[list[int]],
         prefix: str,
     ) -> None:
-        self.id = f"{prefix}-{uuid.uuid4().hex}"
+        self.id = f"{prefix}-{_request_id(request)}"
         self.created = int(time.time())
         self.model = context.model_name(request.model)
         self.fingerprint = context.fingerprint
@@ -54,6 +58,9 @@ class Job(ABC):
         self.options = _stream_options(request)
         self.cache_salt = request.cache_salt or ""
         self.return_token_ids = bool(request.return_token_ids)
+        self.tokens_as_ids = bool(request.return_tokens_as_token_ids)
+        self.shown: frozenset[int] = frozenset()
+        """Control tokens that stay in the text."""
         self.prompt_only = False
         """What is generated is neither told nor counted."""
         self._generated = 0
@@ -83,6 +90,15 @@ class Job(ABC):
         """The JSON body, from the complete output of each prompt."""
 
 
+def _request_id(request: GenerationRequest) -> str:
+    given = request.request_id
+    if given is not None and not _REQUEST_ID.fullmatch(given):
+        raise InvalidRequest(
+            f"request_id is {given[:100]!r}: it must have 1 to 128 letters, digits and . _ : -", "request_id"
+        )
+    return given or uuid.uuid4().hex
+
+
 def _stream_options(request: GenerationRequest) -> StreamOptions:
     if request.stream_options is None:
         return StreamOptions()
@@ -95,14 +111,6 @@ def _stream_options(request: GenerationRequest) -> StreamOptions:
             "stream_options.continuous_usage_stats",
         )
     return options
-
-
-def rename(error: InvalidRequest, names: Mapping[str, str]) -> InvalidRequest:
-    """`error` under the names that the route's client knows."""
-    if error.param is None or error.param not in names:
-        return error
-    new = names[error.param]
-    return InvalidRequest(str(error).replace(f"{error.param} is", f"{new} is", 1), new)
 
 
 async def respond(request: Request, prepare: Callable[[Context, bytes], Job]) -> Response:
@@ -195,7 +203,12 @@ async def _observed(context: Context, job: Job, prompt: int) -> AsyncGenerator[R
     """One prompt's outputs, counted in usage and metrics."""
     timer = context.metrics.timer()
     stream = context.backend.generate(
-        job.prompts[prompt], job.params, f"{job.id}-{prompt}", stream=job.stream, cache_salt=job.cache_salt
+        job.prompts[prompt],
+        job.params,
+        f"{job.id}-{prompt}",
+        stream=job.stream,
+        cache_salt=job.cache_salt,
+        shown=job.shown,
     )
     async with aclosing(stream):
         async for output in stream:

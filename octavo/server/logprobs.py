@@ -28,8 +28,8 @@ def shown(output: CompletionOutput, params: SamplingParams) -> list[Position] | 
     return positions if isinstance(output.stop_reason, str) else positions[:-1]
 
 
-def _text(token: int, entry: Logprob) -> str:
-    return f"token_id:{token}" if entry.decoded_token is None else entry.decoded_token
+def _text(token: int, entry: Logprob, as_ids: bool) -> str:
+    return f"token_id:{token}" if as_ids or entry.decoded_token is None else entry.decoded_token
 
 
 def _value(entry: Logprob) -> float:
@@ -41,8 +41,10 @@ def _best(position: Position, count: int) -> list[tuple[int, Logprob]]:
     return sorted(position.items(), key=lambda item: -item[1].logprob)[:count]
 
 
-def chat_logprobs(positions: Sequence[Position], top: int, tokenizer: Tokenizer | None) -> ChatLogprobs:
-    """`top` alternatives at each position."""
+def chat_logprobs(
+    positions: Sequence[Position], top: int, tokenizer: Tokenizer | None, *, as_ids: bool = False
+) -> ChatLogprobs:
+    """`top` alternatives at each position; with `as_ids` a token is named "token_id:N"."""
 
     def spelling(token: int) -> list[int] | None:
         return None if tokenizer is None else list(tokenizer.token_bytes(token))
@@ -50,17 +52,18 @@ def chat_logprobs(positions: Sequence[Position], top: int, tokenizer: Tokenizer 
     content = []
     for position in positions:
         token, entry = next(iter(position.items()))
-        best = [TopLogprob(_text(t, e), _value(e), spelling(t)) for t, e in _best(position, top)]
-        content.append(TokenLogprob(_text(token, entry), _value(entry), spelling(token), best))
+        best = [TopLogprob(_text(t, e, as_ids), _value(e), spelling(t)) for t, e in _best(position, top)]
+        content.append(TokenLogprob(_text(token, entry, as_ids), _value(entry), spelling(token), best))
     return ChatLogprobs(content)
 
 
 def completion_logprobs(
-    positions: Sequence[Position | None], offset: int, first: str = ""
+    positions: Sequence[Position | None], offset: int, first: str = "", *, as_ids: bool = False
 ) -> tuple[CompletionLogprobs, int]:
     """The lists for `positions`, the first text at `offset`, and the offset after them.
 
-    A position that is None, the first of a prompt, has no probability; its text is `first`.
+    A position that is None, the first of a prompt, has no probability; its text is `first`. With `as_ids` a token is
+    named "token_id:N".
     """
     lists = CompletionLogprobs([], [], [], [])
     for position in positions:
@@ -68,8 +71,8 @@ def completion_logprobs(
             text, value, candidates = first, None, None
         else:
             token, entry = next(iter(position.items()))
-            text, value = _text(token, entry), _value(entry)
-            candidates = {_text(t, e): _value(e) for t, e in position.items()}
+            text, value = _text(token, entry, as_ids), _value(entry)
+            candidates = {_text(t, e, as_ids): _value(e) for t, e in position.items()}
         lists.text_offset.append(offset)
         lists.tokens.append(text)
         lists.token_logprobs.append(value)

@@ -6,29 +6,24 @@ where its size alone shows that it is too long.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from octavo.core.errors import InvalidRequest
-from octavo.server.fields import Message, Part, parse
-from octavo.server.generation import rename
+from octavo.server.errors import rename
+from octavo.server.fields import CalledTool, FunctionCall, Message, Part
+from octavo.server.table import parse
+from octavo.text import ChatPrompt, ChatTemplate, normalise_messages
+from octavo.text.chat import TAIL_CHARS
+from octavo.text.template import check_names
 
 if TYPE_CHECKING:
     from octavo.server.context import Context
 
 MAX_PROMPTS = 1024
-ROLES = ("system", "developer", "user", "assistant")
-
-_RESERVED = frozenset(
-    (
-        *("self", "messages", "conversation", "tools", "documents", "chat_template", "tokenize"),
-        *("add_generation_prompt", "continue_final_message"),
-        *("bos_token", "eos_token", "raise_exception", "strftime_now"),
-    )
-)
-"""What a template is given by the server itself, never through chat_template_kwargs."""
+ROLES = ("system", "developer", "user", "assistant", "tool")
 
 _text = msgspec.json.Decoder(str)
 _texts = msgspec.json.Decoder(list[str])
@@ -82,21 +77,39 @@ def _too_many() -> InvalidRequest:
     return InvalidRequest(f"prompt has more than {MAX_PROMPTS} entries: send several requests", "prompt")
 
 
+def template_of(context: Context, source: str | None = None) -> ChatTemplate:
+    """The server's chat template, or `source`, which came with a request."""
+    backend = context.backend
+    if source is None:
+        if backend.chat_template is None:
+            raise InvalidRequest(
+                "this server has no chat template: use /v1/completions or start it with --chat-template", "messages"
+            )
+        return backend.chat_template
+    if not context.settings.trust_request_chat_template:
+        raise InvalidRequest(
+            "chat_template is taken only by a server started with --trust-request-chat-template: leave it out",
+            "chat_template",
+        )
+    if backend.tokenizer is None:
+        raise InvalidRequest("chat_template needs the tokenizer, which skip_tokenizer_init left out", "chat_template")
+    return ChatTemplate.foreign(source, backend.tokenizer)
+
+
 def chat_prompt(
     context: Context,
     messages: Sequence[msgspec.Raw],
     *,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    documents: Sequence[Mapping[str, Any]] | None = None,
+    chat_template: str | None = None,
     add_generation_prompt: bool | None,
     continue_final_message: bool | None,
     add_special_tokens: bool | None,
-    template_kwargs: dict[str, Any] | None,
-) -> list[int]:
-    """Token ids of `messages` as the chat template writes them."""
-    template = context.backend.chat_template
-    if template is None:
-        raise InvalidRequest(
-            "this server has no chat template: use /v1/completions or start it with --chat-template", "messages"
-        )
+    template_kwargs: Mapping[str, Any] | None,
+) -> ChatPrompt:
+    """`messages` as the chat template writes them; control tokens in what the client sent are text."""
+    template = template_of(context, chat_template)
     conversation = _conversation(messages, context.max_model_len)
     if continue_final_message:
         if add_generation_prompt:
@@ -107,21 +120,22 @@ def chat_prompt(
             raise InvalidRequest(
                 "continue_final_message needs an assistant message at the end", "continue_final_message"
             )
-    kwargs = template_kwargs or {}
-    for name in kwargs:
-        if name in _RESERVED:
-            raise InvalidRequest(f"chat_template_kwargs cannot set {name!r}", "chat_template_kwargs")
+    check_names(template_kwargs or {})
     begin = not continue_final_message if add_generation_prompt is None else add_generation_prompt
     try:
-        text = template.render(
+        rendered = template.rendered(
             conversation,
+            tools=tools,
+            documents=documents,
             add_generation_prompt=begin,
             continue_final_message=bool(continue_final_message),
-            **kwargs,
+            **(template_kwargs or {}),
         )
-        return context.inputs.tokenize(text, add_special_tokens=bool(add_special_tokens))
+        context.inputs.check_text(rendered.text)
+        ids = template.encode(rendered, add_special_tokens=bool(add_special_tokens))
     except InvalidRequest as error:
         raise rename(error, {"prompt": "messages"}) from None
+    return ChatPrompt(ids, rendered.text[-TAIL_CHARS:])
 
 
 def _conversation(messages: Sequence[msgspec.Raw], limit: int) -> list[dict[str, Any]]:
@@ -130,21 +144,41 @@ def _conversation(messages: Sequence[msgspec.Raw], limit: int) -> list[dict[str,
         raise InvalidRequest("messages is empty: give at least one", "messages")
     if len(messages) > limit:
         raise InvalidRequest(f"{len(messages)} messages cannot fit in a context of {limit} tokens", "messages")
-    return [_message(raw, f"messages[{i}]") for i, raw in enumerate(messages)]
+    return normalise_messages([_message(raw, f"messages[{i}]") for i, raw in enumerate(messages)])
 
 
 def _message(raw: msgspec.Raw, where: str) -> dict[str, Any]:
+    """What of a message is given. Each role has fields that the others have not."""
     message = parse(Message, raw, f"{where}.")
     role = message.role
     if role not in ROLES:
         raise InvalidRequest(f"{where}.role is {role[:100]!r}: it must be one of {', '.join(ROLES)}", f"{where}.role")
     if message.content is None and role != "assistant":
         raise InvalidRequest(f"{where}.content is missing", f"{where}.content")
-    content = message.content or ""
-    if not isinstance(content, str):
-        content = "\n".join(_part(part, f"{where}.content[{i}]") for i, part in enumerate(content))
-    told = {"role": "system" if role == "developer" else role, "content": content}
-    return told if message.name is None else told | {"name": message.name}
+    told: dict[str, Any] = {"role": role, "content": _content(message.content, where)}
+    told |= {name: value for name in ("name", "tool_call_id") if (value := getattr(message, name)) is not None}
+    reasoning = message.reasoning if message.reasoning_content is None else message.reasoning_content
+    if reasoning is not None:
+        told["reasoning"] = reasoning
+    if message.tool_calls:
+        told["tool_calls"] = [_call(call, f"{where}.tool_calls[{i}].") for i, call in enumerate(message.tool_calls)]
+    for name, owner in (("tool_call_id", "tool"), ("reasoning", "assistant"), ("tool_calls", "assistant")):
+        if name in told and role != owner:
+            raise InvalidRequest(f"{where}.{name} belongs to the role {owner}, not {role}", f"{where}.{name}")
+    return told
+
+
+def _content(content: str | list[msgspec.Raw] | None, where: str) -> str | list[dict[str, str]]:
+    if content is None or isinstance(content, str):
+        return content or ""
+    return [{"type": "text", "text": _part(part, f"{where}.content[{i}]")} for i, part in enumerate(content)]
+
+
+def _call(raw: msgspec.Raw, where: str) -> dict[str, Any]:
+    call = parse(CalledTool, raw, where)
+    function = parse(FunctionCall, call.function, f"{where}function.")
+    told = {"type": "function", "function": {"name": function.name, "arguments": function.arguments}}
+    return told if call.id is None else {"id": call.id, **told}
 
 
 def _part(raw: msgspec.Raw, where: str) -> str:

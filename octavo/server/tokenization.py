@@ -10,12 +10,17 @@ from starlette.responses import Response
 from octavo.core.errors import InvalidRequest
 from octavo.server.context import Context, context_of
 from octavo.server.exchange import offload, read_body
-from octavo.server.fields import DetokenizeRequest, TokenizeRequest, parse
+from octavo.server.fields import ChatRequest, DetokenizeRequest, TokenizeRequest
 from octavo.server.prompts import chat_prompt
+from octavo.server.table import parse
+from octavo.server.tools import request_tools
 from octavo.server.wire import Detokenized, Tokenized, encode
 
 if TYPE_CHECKING:
     from octavo.text import Tokenizer
+
+
+_CHAT_ONLY = ("add_generation_prompt", "continue_final_message", "chat_template", "chat_template_kwargs", "tools")
 
 
 async def tokenize(request: Request) -> Response:
@@ -46,16 +51,19 @@ def _tokenize(context: Context, body: bytes) -> Tokenized:
     if (request.prompt is None) == (request.messages is None):
         raise InvalidRequest("give one of prompt and messages", "prompt")
     if request.messages is not None:
+        tools = request_tools(ChatRequest(messages=request.messages, tools=request.tools))
         ids = chat_prompt(
             context,
             request.messages,
+            tools=None if tools is None else tools.told,
+            chat_template=request.chat_template,
             add_generation_prompt=request.add_generation_prompt,
             continue_final_message=request.continue_final_message,
             add_special_tokens=request.add_special_tokens,
             template_kwargs=request.chat_template_kwargs,
-        )
+        ).ids
     else:
-        for name in ("add_generation_prompt", "continue_final_message", "chat_template_kwargs"):
+        for name in _CHAT_ONLY:
             if getattr(request, name) is not None:
                 raise InvalidRequest(f"{name} goes with messages, not with prompt", name)
         ids = context.inputs.tokenize(request.prompt or "", add_special_tokens=request.add_special_tokens is not False)

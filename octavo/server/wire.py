@@ -1,6 +1,7 @@
 """Response bodies of the OpenAI API, and their encoding. Owns the shapes; the routes fill them.
 
-Extensions are vLLM's: `stop_reason`, `prompt_logprobs`, `token_ids`, `prompt_token_ids`. UNSET fields do not appear.
+Extensions are vLLM's: `reasoning`, `stop_reason`, `prompt_logprobs`, `token_ids`, `prompt_token_ids`. UNSET fields do
+not appear.
 """
 
 from __future__ import annotations
@@ -86,10 +87,26 @@ class ChatLogprobs(msgspec.Struct):
     refusal: None = None
 
 
+class CalledFunction(msgspec.Struct, kw_only=True):
+    name: str
+    arguments: str
+    """JSON text."""
+
+
+class ToolCall(msgspec.Struct, kw_only=True):
+    id: str
+    type: str = "function"
+    function: CalledFunction
+
+
 class ChatMessage(msgspec.Struct, kw_only=True):
+    """`content` is None when there is only reasoning or tool calls."""
+
     role: str = "assistant"
-    content: str
+    content: str | None
     refusal: None = None
+    reasoning: str | UnsetType = UNSET
+    tool_calls: list[ToolCall] | UnsetType = UNSET
 
 
 class ChatChoice(msgspec.Struct, kw_only=True):
@@ -113,9 +130,25 @@ class ChatCompletion(msgspec.Struct, kw_only=True):
     prompt_token_ids: list[int] | UnsetType = UNSET
 
 
-class ChatDelta(msgspec.Struct):
+class FunctionDelta(msgspec.Struct, kw_only=True):
+    name: str | UnsetType = UNSET
+    arguments: str
+
+
+class ToolCallDelta(msgspec.Struct, kw_only=True):
+    """The first of a call has all but its arguments, which the others have a piece of each."""
+
+    index: int
+    id: str | UnsetType = UNSET
+    type: str | UnsetType = UNSET
+    function: FunctionDelta
+
+
+class ChatDelta(msgspec.Struct, kw_only=True):
     role: str | UnsetType = UNSET
     content: str | UnsetType = UNSET
+    reasoning: str | UnsetType = UNSET
+    tool_calls: list[ToolCallDelta] | UnsetType = UNSET
 
 
 class ChatChunkChoice(msgspec.Struct, kw_only=True):

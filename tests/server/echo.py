@@ -45,6 +45,9 @@ class EchoBackend:
         self.dead = False
         self.closed = False
 
+    def script(self, request: Request) -> Iterator[list[Delta]]:
+        return script(request)
+
     def default_params(self, max_tokens: int | None = None, **given: Any) -> SamplingParams:
         return self.inputs.default_params(max_tokens, **given)
 
@@ -56,18 +59,25 @@ class EchoBackend:
         self.closed = True
 
     async def generate(
-        self, prompt: Prompt, params: SamplingParams, request_id: str, *, stream: bool = True, cache_salt: str = ""
+        self,
+        prompt: Prompt,
+        params: SamplingParams,
+        request_id: str,
+        *,
+        stream: bool = True,
+        cache_salt: str = "",
+        shown: frozenset[int] = frozenset(),
     ) -> AsyncGenerator[RequestOutput]:
         await self.check_health()
         arrival = time.time()
         request, text = self.inputs.process(prompt, params, request_id, arrival=arrival, cache_salt=cache_salt)
         self.requests.append(request)
         outputs = OutputProcessor(self.tokenizer)
-        state = outputs.add(request, text, stream=stream)
+        state = outputs.add(request, text, stream=stream, shown=shown)
         self.live.add(request_id)
         self.idle.clear()
         try:
-            for deltas in script(request):
+            for deltas in self.script(request):
                 if not deltas:
                     self.hanging.set()
                     await asyncio.Event().wait()

@@ -8,7 +8,8 @@ from openai.types.completion_create_params import CompletionCreateParamsNonStrea
 
 from octavo.core.errors import InvalidRequest
 from octavo.core.params import SamplingParams
-from octavo.server.fields import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest, field_table, parse
+from octavo.server.fields import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from octavo.server.table import field_table, parse
 
 REQUESTS = (ChatRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest)
 
@@ -42,8 +43,8 @@ def test_unbuilt_fields_are_refused_unless_they_ask_for_nothing(kind: type) -> N
 
 
 def test_neutral_values_are_compared_with_their_type() -> None:
-    parse(CompletionRequest, b'{"prompt": "a", "best_of": 1, "priority": 0, "use_beam_search": false}')
-    for field in (b'"best_of": true', b'"priority": false', b'"use_beam_search": 0'):
+    parse(CompletionRequest, b'{"prompt": "a", "watermarking": false, "priority": 0, "use_beam_search": false}')
+    for field in (b'"watermarking": 0', b'"priority": false', b'"use_beam_search": 0'):
         with pytest.raises(InvalidRequest, match="not supported"):
             parse(CompletionRequest, b'{"prompt": "a", ' + field + b"}")
 

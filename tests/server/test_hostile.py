@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
-from octavo.server.fields import MAX_FIELD_BYTES
+from octavo.server.table import MAX_FIELD_BYTES
 from tests.server.live import Live
 
 DEEP = b"[" * 10_000 + b"]" * 10_000
@@ -55,22 +55,119 @@ HOSTILE: dict[str, tuple[bytes, int]] = {
 }
 
 
+def nested(depth: int) -> dict[str, Any]:
+    """A schema that is itself fine."""
+    schema: dict[str, Any] = {"type": "string"}
+    for _ in range(depth):
+        schema = {"properties": {"a": schema}}
+    return schema
+
+
+def doubled(depth: int) -> dict[str, Any]:
+    """A schema of 2 ** depth texts."""
+    names = [f"d{i}" for i in range(depth)]
+    pairs = pairwise(names)
+    levels = {a: {"type": "array", "prefixItems": [{"$ref": f"#/$defs/{b}"}] * 2, "minItems": 2} for a, b in pairs}
+    return {"$ref": "#/$defs/d0", "$defs": levels | {names[-1]: {"type": "string"}}}
+
+
+def formatted(schema: Any) -> dict[str, Any]:
+    return {"type": "json_schema", "json_schema": {"name": "n", "schema": schema}}
+
+
+def called(arguments: str, times: int = 1) -> dict[str, Any]:
+    call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": arguments}}
+    return {"role": "assistant", "tool_calls": [call] * times}
+
+
+USER = {"role": "user", "content": "a"}
+LONG_SCHEMA = {"type": "object", "properties": {f"p{i}": {"type": "string", "maxLength": 1000} for i in range(20_000)}}
+SCHEMAS: dict[str, Any] = {
+    "deep schema": nested(200),
+    "long schema": LONG_SCHEMA,
+    "long enum": {"enum": [f"value {i}" for i in range(50_000)]},
+    "long pattern": {"type": "string", "pattern": "(a?){1000}" * 400},
+    "large count": {"type": "string", "minLength": 10**9},
+    "not a schema": {"type": ["text"]},
+    "not": {"not": {"type": "string"}},
+    "no end": {"$ref": "#"},
+    "nothing fits": {"type": "string", "enum": [1, 2]},
+    "surrogate": {"const": "\ud800"},
+    "surrogate name": {"properties": {"\udfff": {}}},
+}
+OUTPUTS: dict[str, Any] = {
+    "none": {},
+    "two": {"json_object": True, "regex": "a"},
+    "deep text": {"json": "[" * 10_000},
+    "deep object": {"json": '{"not":' * 10_000 + "1" + "}" * 10_000},
+    "long regex": {"regex": "a" * 500_000},
+    "backtracking": {"regex": "(?=a)b"},
+    "no grammar": {"grammar": "\x00"},
+    "deep grammar": {"grammar": "start: " + "(" * 5000 + '"a"' + ")" * 5000},
+    "long grammar": {"grammar": "\n".join(f'r{i}: r{i + 1} "a"' for i in range(20_000))},
+    "choices": {"choice": [f"choice {i}" for i in range(40_000)]},
+    "empty choice": {"choice": []},
+    "types": {"choice": [1]},
+}
+
+
+def in_tools(parameters: Any, name: str = "f") -> list[dict[str, Any]]:
+    return [{"type": "function", "function": {"name": name, "parameters": parameters}}]
+
+
+CHATS: dict[str, dict[str, Any]] = {
+    **{f"{name}, format": {"response_format": formatted(schema)} for name, schema in SCHEMAS.items()},
+    **{f"{name}, tool": {"tools": in_tools(schema), "tool_choice": "required"} for name, schema in SCHEMAS.items()},
+    **{f"{name}, outputs": {"structured_outputs": value} for name, value in OUTPUTS.items()},
+    "deep, told": {"tools": in_tools(nested(300))},
+    "many tools": {"tools": [tool for i in range(10_000) for tool in in_tools({}, f"f{i}")]},
+    "many forced tools": {
+        "tools": [tool for i in range(900) for tool in in_tools(nested(9), f"f{i}")],
+        "tool_choice": "required",
+    },
+    "tool name": {"tools": in_tools({}, "a" * 100_000)},
+    "odd tool name": {"tools": in_tools({}, "\ud800")},
+    "doubling": {"response_format": formatted(doubled(40)), "temperature": 101},
+    "kwargs": {"chat_template_kwargs": nested(300) | {"messages": 1}},
+    "calls": {"messages": [USER, called("[" * 10_000)]},
+    "many calls": {"messages": [USER, called("{}", 100_000)]},
+    "documents": {"documents": [nested(300)]},
+    "choice": {"tool_choice": nested(300)},
+    "parts": {"messages": [{"role": "user", "content": [{"type": "text", "text": "a" * 1000}] * 1000}]},
+    "n": {"n": 10**6},
+}
+
+
+@pytest.mark.parametrize("name", CHATS)
+def test_chats_are_refused_shortly(live: Live, web: httpx.Client, name: str) -> None:
+    refused_shortly(live, web, "/v1/chat/completions", chat_body(name))
+
+
+def chat_body(name: str) -> bytes:
+    return json.dumps({"messages": [USER]} | CHATS[name]).encode()
+
+
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
 @pytest.mark.parametrize("name", HOSTILE)
 def test_refused_shortly(live: Live, web: httpx.Client, name: str, path: str) -> None:
     body, status = HOSTILE[name]
+    answer = refused_shortly(live, web, path, body)
+    if path == "/v1/completions":
+        assert answer.status_code == status
+
+
+def refused_shortly(live: Live, web: httpx.Client, path: str, body: bytes) -> httpx.Response:
     begin = time.perf_counter()
     answer = web.post(path, content=body)
     seconds = time.perf_counter() - begin
-    assert 400 <= answer.status_code < 500
-    if path == "/v1/completions":
-        assert answer.status_code == status
+    assert 400 <= answer.status_code < 500, answer.text
     error = answer.json()["error"]
     assert error["message"]
     assert set(error) == {"message", "type", "param", "code"}
     assert len(answer.content) < 16384
     assert seconds < 2.0, "twice the target: other tests may share the machine"
     assert not live.backend.live
+    return answer
 
 
 def test_a_body_without_a_length_is_bounded_too(live: Live, web: httpx.Client) -> None:
@@ -100,6 +197,8 @@ def test_streams_flow_on(live: Live, web: httpx.Client) -> None:
     assert begun.wait(5)
     for body, _ in HOSTILE.values():
         web.post("/v1/completions", content=body)
+    for name in CHATS:
+        web.post("/v1/chat/completions", content=chat_body(name))
     end.set()
     watcher.join()
     assert max(b - a for a, b in pairwise(moments)) < 1.0

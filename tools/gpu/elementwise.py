@@ -91,6 +91,7 @@ def batch_kernels(rows: int) -> dict[str, tuple[Launch, int, int]]:
     out = {
         "tokens": torch.zeros_like(index),
         "positions": torch.zeros_like(index),
+        "next_positions": torch.zeros_like(index),
         "seq_lens": torch.zeros(rows, dtype=torch.int32, device="cuda"),
         "slots": torch.zeros(1, rows, dtype=torch.int64, device="cuda"),
     }
