@@ -21,6 +21,7 @@ COMMANDS: dict[str, str] = {
     "chat": "Chat with a model in the terminal",
     "complete": "Continue a text",
     "bench": "Measure throughput, latency or a running server",
+    "plan": "Show which parallel sizes fit a model on given GPUs, and the KV cache that they leave",
     "doctor": "Show which hardware, kernels, versions and settings are used, and why",
 }
 BENCHES: dict[str, str] = {
@@ -95,10 +96,25 @@ def _add_command_flags(command: str, parser: Parser) -> None:
         add_server_flags(parser)
     elif command == "chat":
         _add_sampling_flags(parser)
-        parser.add_argument("--system", metavar="TEXT", help="System message that begins the conversation")
+        _add_chat_flags(parser)
+    elif command == "plan":
+        importlib.import_module("octavo.cli.plan").add_arguments(parser)
     elif command == "complete":
         _add_sampling_flags(parser)
         parser.add_argument("--prompt", metavar="TEXT", help="What to continue; standard input when absent")
+
+
+def _add_chat_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("chat")
+    system, quick = "System message that begins the conversation", "Ask this, show the answer and leave"
+    group.add_argument("--system", "--system-prompt", dest="system", metavar="TEXT", help=system)
+    group.add_argument("--quick", metavar="TEXT", help=quick)
+    for flag, dest, text in (
+        ("--url", "url", "Chat with the server there instead of starting an engine"),
+        ("--api-key", "key", "What the server at --url asks for; also from OCTAVO_API_KEY"),
+        ("--model-name", "model_name", "Model to ask the server at --url for; its first one when absent"),
+    ):
+        group.add_argument(flag, dest=dest, metavar="TEXT", help=text)
 
 
 def _add_sampling_flags(parser: argparse.ArgumentParser) -> None:

@@ -39,7 +39,13 @@ def run(namespace: argparse.Namespace) -> int:
     serve(
         bind(server.host, server.port),
         lambda: _start(engine, template),
-        ServerSettings(served_model_names=names, api_keys=server.api_key),
+        ServerSettings(
+            served_model_names=names,
+            api_keys=server.api_key,
+            trust_request_chat_template=server.trust_request_chat_template,
+            tool_call_parser=server.tool_call_parser,
+            reasoning_parser=server.reasoning_parser,
+        ),
         on_ready=lambda backend, url: print(ready_lines(backend, url, names[0], server), flush=True),
         log_level=server.uvicorn_log_level,
     )

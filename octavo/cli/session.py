@@ -1,7 +1,7 @@
 """An engine for one person at a terminal: started with progress bars, asked one thing at a time.
 
-`chat` and `complete` run on it. The event loop turns only while an answer is awaited, so the prompt may block. Ctrl-C
-during an answer ends that answer. Owns the engine process; not what is asked.
+`complete` runs on it, `chat` starts its engine and measures its answers as it does. The event loop turns only while
+an answer is awaited. Ctrl-C during an answer ends that answer. Owns the engine process; not what is asked.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ class Answer(msgspec.Struct):
     """What came back, and how fast. Times in seconds since the question."""
 
     text: str = ""
+    reasoning: str = ""
     num_tokens: int = 0
     first: float = 0.0
     last: float = 0.0
@@ -56,22 +57,22 @@ class Session:
         self._runner = runner
         self._count = 0
 
-    def ask(self, prompt: str, show: Callable[[str], None], *, rendered: bool = False) -> Answer:
-        """The answer to `prompt`; its text goes to `show` piece by piece. `rendered` by a chat template already.
+    def ask(self, prompt: str, show: Callable[[str], None]) -> Answer:
+        """The continuation of `prompt`; its text goes to `show` piece by piece.
 
         Ctrl-C ends the answer, whose finish_reason is then "abort". Raises InvalidRequest, EngineDead.
         """
         answer = Answer()
         try:
-            self._runner.run(self._ask(prompt, show, rendered, answer))
+            self._runner.run(self._ask(prompt, show, answer))
         except KeyboardInterrupt:
             answer.finish_reason = "abort"
         return answer
 
-    async def _ask(self, prompt: str, show: Callable[[str], None], rendered: bool, answer: Answer) -> None:
+    async def _ask(self, prompt: str, show: Callable[[str], None], answer: Answer) -> None:
         self._count += 1
         begin = time.monotonic()
-        outputs = self.llm.generate(prompt, self._params, str(self._count), add_special_tokens=not rendered)
+        outputs = self.llm.generate(prompt, self._params, str(self._count))
         async with aclosing(outputs):
             async for output in outputs:
                 (piece,) = output.outputs
@@ -91,14 +92,15 @@ def open_session(namespace: argparse.Namespace) -> Iterator[Session]:
     SamplingParams(max_tokens=namespace.max_tokens, **given)  # refuses bad values before an engine is started
     log_to_stderr(logging.WARNING, dropped)
     with asyncio.Runner() as runner:
-        llm = runner.run(_start(args))
+        llm = runner.run(start_engine(args))
         try:
             yield Session(runner, llm, llm.default_params(namespace.max_tokens, **given))
         finally:
             runner.run(llm.shutdown())
 
 
-async def _start(args: EngineArgs) -> AsyncLLM:
+async def start_engine(args: EngineArgs) -> AsyncLLM:
+    """An engine process that is ready, with progress bars meanwhile. Raises ConfigError, EngineDead."""
     from octavo.frontend import AsyncLLM
     from octavo.frontend.progress import loading_bars
 

@@ -1,4 +1,4 @@
-"""`chat` and `complete` over a scripted engine."""
+"""`complete` over a scripted engine, and what starts one."""
 
 from __future__ import annotations
 
@@ -8,34 +8,25 @@ import io
 import logging
 import os
 import signal
-from collections.abc import AsyncGenerator, Iterator
-from typing import Any, cast
+from collections.abc import AsyncGenerator
+from typing import Any
 
 import pytest
-from rich.console import Console
 
 from octavo.cli import complete, session
-from octavo.cli.chat import COMMANDS, Conversation
-from octavo.cli.session import Answer, Session, open_session
+from octavo.cli.session import Answer, open_session
 from octavo.config.args import EngineArgs
 from octavo.core.errors import InvalidRequest
 from octavo.core.params import SamplingParams
 from octavo.core.request import FinishReason
 from octavo.frontend import AsyncLLM, CompletionOutput, RequestOutput
 from octavo.frontend.progress import loading_bars
-from octavo.text import ChatTemplate
-from tests.frontend.tiny import byte_tokenizer
 
 
 class ScriptedLLM:
-    """Answers "<prompt>" token by token; "hang" is interrupted after a token, "mute" before, "long" refused."""
+    """Answers "<prompt>" token by token; "hang" is interrupted after a token."""
 
     def __init__(self) -> None:
-        tokenizer = byte_tokenizer()
-        self.chat_template = ChatTemplate(
-            "{% for m in messages %}{{ m.role[0] }}:{{ m.content }};{% endfor %}", tokenizer
-        )
-        self.prompts: list[str] = []
         self.params: SamplingParams | None = None
         self.closed = 0
         self.down = False
@@ -43,17 +34,9 @@ class ScriptedLLM:
     def default_params(self, max_tokens: int | None = None, **given: Any) -> SamplingParams:
         return SamplingParams(max_tokens=max_tokens, **given)
 
-    async def generate(
-        self, prompt: str, params: SamplingParams, request_id: str, *, add_special_tokens: bool
-    ) -> AsyncGenerator[RequestOutput]:
-        self.prompts.append(prompt)
+    async def generate(self, prompt: str, params: SamplingParams, request_id: str) -> AsyncGenerator[RequestOutput]:
         self.params = params
-        if "long" in prompt:
-            raise InvalidRequest("the prompt is too long", "prompt")
         try:
-            if "mute" in prompt:
-                os.kill(os.getpid(), signal.SIGINT)
-                await asyncio.Event().wait()
             for index, piece in enumerate(["<", prompt, ">"]):
                 reason: FinishReason | None = "stop" if index == 2 else None
                 output = CompletionOutput(0, piece, [index], None, None, reason, None)
@@ -71,67 +54,6 @@ class ScriptedLLM:
 @pytest.fixture
 def llm() -> ScriptedLLM:
     return ScriptedLLM()
-
-
-@pytest.fixture
-def conversation(llm: ScriptedLLM) -> Iterator[Conversation]:
-    with asyncio.Runner() as runner:
-        one = Session(runner, cast("AsyncLLM", llm), SamplingParams())
-        yield Conversation(one, Console(file=io.StringIO(), width=200), None)
-
-
-def shown(conversation: Conversation) -> str:
-    assert isinstance(conversation.console.file, io.StringIO)
-    return conversation.console.file.getvalue()
-
-
-def test_each_turn_sends_the_whole_conversation(llm: ScriptedLLM, conversation: Conversation) -> None:
-    assert conversation.take("one")
-    assert conversation.take("two")
-    assert llm.prompts == ["u:one;", "u:one;a:<u:one;>;u:two;"]
-    assert "<u:one;>" in shown(conversation)
-    assert "3 tokens" in shown(conversation)
-
-
-def test_commands(llm: ScriptedLLM, conversation: Conversation) -> None:
-    assert conversation.take("/help")
-    assert all(name in shown(conversation) for name in COMMANDS)
-    conversation.take("one")
-    conversation.take("/reset")
-    conversation.take("two")
-    conversation.take("/system be brief")
-    conversation.take("three")
-    conversation.take("/system")
-    conversation.take("four")
-    assert llm.prompts == ["u:one;", "u:two;", "s:be brief;u:three;", "u:four;"]
-    assert conversation.take("/what")
-    assert "unknown command /what" in shown(conversation)
-    assert conversation.take("")
-    assert not conversation.take("/exit")
-    assert len(llm.prompts) == 4
-
-
-def test_an_interrupted_answer_ends_and_the_conversation_goes_on(llm: ScriptedLLM, conversation: Conversation) -> None:
-    conversation.take("hang")
-    assert llm.closed == 1
-    assert conversation.messages[-1] == {"role": "assistant", "content": "<"}
-    conversation.reset()
-    conversation.take("one")
-    assert llm.prompts[-1] == "u:one;"
-
-
-def test_a_question_without_an_answer_is_forgotten(llm: ScriptedLLM, conversation: Conversation) -> None:
-    conversation.take("mute")
-    conversation.take("one")
-    assert "no tokens" in shown(conversation)
-    assert llm.prompts[-1] == "u:one;"
-
-
-def test_a_refused_message_is_forgotten(llm: ScriptedLLM, conversation: Conversation) -> None:
-    conversation.take("long")
-    conversation.take("one")
-    assert "too long" in shown(conversation)
-    assert llm.prompts[-1] == "u:one;"
 
 
 @pytest.mark.parametrize(
@@ -188,6 +110,7 @@ def test_complete_reads_standard_input(
 
 def test_an_interrupted_completion_ends_with_130(started: list[EngineArgs], llm: ScriptedLLM) -> None:
     assert complete.run(flags(prompt="hang")) == 130
+    assert llm.closed == 1
     assert llm.down
 
 

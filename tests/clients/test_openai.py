@@ -1,0 +1,699 @@
+"""The official client, sync and async, over every route and field.
+
+Where text matters the scripted model answers, where a grammar does the embedded one.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import AsyncIterator, Iterator
+from typing import Any, Literal, cast
+
+import openai
+import pytest
+from openai import AsyncOpenAI, OpenAI
+from openai.types.chat import ChatCompletionChunk, ChatCompletionMessageParam, ChatCompletionToolParam
+from pydantic import BaseModel, Field
+
+from tests.clients.conftest import Address
+from tests.clients.scripted import ScriptedBackend, call, chosen
+
+
+def client_of(address: Address, **options: Any) -> OpenAI:
+    return OpenAI(base_url=address.base_url, **{"api_key": address.key, "max_retries": 0, "timeout": 60.0} | options)
+
+
+@pytest.fixture(scope="session")
+def client(scripted: Address) -> Iterator[OpenAI]:
+    with client_of(scripted) as client:
+        yield client
+
+
+@pytest.fixture(scope="session")
+def model(real: Address) -> Iterator[OpenAI]:
+    """A client of the embedded model."""
+    with client_of(real) as client:
+        yield client
+
+
+@pytest.fixture
+async def aclient(scripted: Address) -> AsyncIterator[AsyncOpenAI]:
+    async with AsyncOpenAI(base_url=scripted.base_url, api_key=scripted.key, max_retries=0, timeout=60) as client:
+        yield client
+
+
+@pytest.fixture
+def name(scripted: Address) -> str:
+    return scripted.model
+
+
+def user(text: str = "hello") -> list[ChatCompletionMessageParam]:
+    return [{"role": "user", "content": text}]
+
+
+def tool(name: str, **properties: Any) -> ChatCompletionToolParam:
+    parameters = {
+        "type": "object",
+        "properties": properties,
+        "required": [*properties],
+        "additionalProperties": False,
+    }
+    return {"type": "function", "function": {"name": name, "description": f"Does {name}", "parameters": parameters}}
+
+
+WEATHER = tool("get_weather", city={"enum": ["Paris", "Oslo"]}, days={"type": "integer", "minimum": 1, "maximum": 9})
+CLOCK = tool("get_time", zone={"enum": ["UTC", "CET"]})
+
+
+class City(BaseModel, extra="forbid"):
+    name: Literal["Paris", "Oslo"]
+    population: int = Field(ge=1, le=99)
+
+
+class Trip(BaseModel, extra="forbid"):
+    """Nested, with a list of bounded length."""
+
+    stops: list[City] = Field(min_length=1, max_length=2)
+    by_train: bool
+
+
+# --- models
+
+
+def test_models(client: OpenAI, name: str) -> None:
+    assert [card.id for card in client.models.list()] == [name]
+    assert client.models.retrieve(name).object == "model"
+    with pytest.raises(openai.NotFoundError) as caught:
+        client.models.retrieve("none")
+    assert "none" in caught.value.message
+
+
+async def test_models_async(aclient: AsyncOpenAI, name: str) -> None:
+    assert [card.id async for card in aclient.models.list()] == [name]
+
+
+# --- completions
+
+
+def test_completion(client: OpenAI, backend: ScriptedBackend, name: str) -> None:
+    backend.say("the end")
+    done = client.completions.create(model=name, prompt="once", max_tokens=50)
+    assert backend.prompt == "once"
+    (choice,) = done.choices
+    assert (choice.text, choice.finish_reason, choice.index) == ("the end", "stop", 0)
+    assert done.id.startswith("cmpl-")
+    assert done.usage is not None
+    assert (done.usage.prompt_tokens, done.usage.completion_tokens, done.usage.total_tokens) == (4, 8, 12)
+
+
+def test_completion_defaults_to_16_tokens(client: OpenAI, backend: ScriptedBackend, name: str) -> None:
+    backend.say("x" * 40)
+    (choice,) = client.completions.create(model=name, prompt="once").choices
+    assert (choice.text, choice.finish_reason) == ("x" * 16, "length")
+
+
+def test_completion_of_several_prompts(client: OpenAI, backend: ScriptedBackend, name: str) -> None:
+    backend.say("same", "same")
+    done = client.completions.create(model=name, prompt=["one", "two"], max_tokens=9)
+    assert [(choice.index, choice.text) for choice in done.choices] == [(0, "same"), (1, "same")]
+    assert sorted(backend.prompts[-2:]) == ["one", "two"]
+
+
+def test_completion_of_token_ids_with_echo(client: OpenAI, backend: ScriptedBackend, name: str) -> None:
+    backend.say(" world")
+    (choice,) = client.completions.create(model=name, prompt=[*b"hello"], echo=True, max_tokens=20).choices
+    assert choice.text == "hello world"
+
+
+def test_completion_streams(client: OpenAI, backend: ScriptedBackend, name: str) -> None:
+    backend.say("héllo 👋 world")
+    stream = client.completions.create(
+        model=name, prompt="x", max_tokens=50, stream=True, stream_options={"include_usage": True}
+    )
+    chunks = [*stream]
+    assert "".join(chunk.choices[0].text for chunk in chunks if chunk.choices) == "héllo 👋 world"
+    assert [chunk.choices[0].finish_reason for chunk in chunks if chunk.choices][-1] == "stop"
+    assert chunks[-1].choices == []
+    assert chunks[-1].usage is not None
+    assert chunks[-1].usage.completion_tokens == len("héllo 👋 world".encode()) + 1
+
+
+def test_completion_logprobs(client: OpenAI, backend: ScriptedBackend, name: str) -> None:
+    backend.say("abc")
+    (choice,) = client.completions.create(model=name, prompt="x", max_tokens=9, logprobs=2).choices
+    assert choice.logprobs is not None
+    assert choice.logprobs.tokens is not None
+    assert choice.logprobs.tokens[:3] == ["a", "b", "c"]
+    assert choice.logprobs.text_offset is not None
+    assert choice.logprobs.top_logprobs is not None
+    assert choice.logprobs.token_logprobs is not None
+    assert choice.logprobs.token_logprobs[:3] == [-1.0, -1.0, -1.0]
+
+
+async def test_completion_async(aclient: AsyncOpenAI, backend: ScriptedBackend, name: str) -> None:
+    backend.say("the end", "the end")
+    done = await aclient.completions.create(model=name, prompt="once", max_tokens=50)
+    stream = await aclient.completions.create(model=name, prompt="once", max_tokens=50, stream=True)
+    assert "".join([chunk.choices[0].text async for chunk in stream]) == done.choices[0].text == "the end"
+
+
+# --- chat
+
+
+def test_chat(client: OpenAI, backend: ScriptedBackend, name: str) -> None:
+    backend.say("hi there")
+    done = client.chat.completions.create(model=name, messages=user())
+    assert backend.prompt == "<user>hello<assistant>"
+    (choice,) = done.choices
+    assert choice.message.role == "assistant"
+    assert (choice.message.content, choice.message.tool_calls, choice.finish_reason) == ("hi there", None, "stop")
+    assert done.usage is not None
+    assert (done.usage.prompt_tokens, done.usage.completion_tokens) == (len(backend.prompt), len("hi there") + 1)
+
+
+def test_chat_streams_what_it_answers_at_once(client: OpenAI, backend: ScriptedBackend, name: str) -> None:
+    backend.say("déjà vu", "déjà vu")
+    whole = client.chat.completions.create(model=name, messages=user())
+    with client.chat.completions.create(
+        model=name, messages=user(), stream=True, stream_options={"include_usage": True}
+    ) as stream:
+        chunks = [*stream]
+    assert content_of(chunks) == whole.choices[0].message.content == "déjà vu"
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert chunks[-1].usage == whole.usage
+    ending = chunks[-2].choices[0]
+    assert (ending.finish_reason, ending.delta.content, ending.delta.role) == ("stop", None, None)
+
+
+def content_of(chunks: list[ChatCompletionChunk]) -> str:
+    return "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+
+
+async def test_chat_async(aclient: AsyncOpenAI, backend: ScriptedBackend, name: str) -> None:
+    backend.say("hi", "hi")
+    done = await aclient.chat.completions.create(model=name, messages=user())
+    stream = await aclient.chat.completions.create(model=name, messages=user(), stream=True)
+    assert content_of([chunk async for chunk in stream]) == done.choices[0].message.content == "hi"
+
+
+def test_chat_messages_of_every_role(client: OpenAI, backend: ScriptedBackend, name: str) -> None:
+    messages: list[ChatCompletionMessageParam] = [
+        {"role": "developer", "content": "be brief"},
+        {"role": "user", "content": [{"type": "text", "text": "what"}, {"type": "text", "text": "now"}], "name": "ann"},
+        {
+            "role": "assistant",
+            "tool_calls": [
+                {"id": "c1", "type": "function", "function": {"name": "get_time", "arguments": '{"zone": "UTC"}'}}
+            ],
+        },
+        {"role": "tool", "tool_call_id": "c1", "content": "noon"},
+        {"role": "assistant", "content": "noon", "refusal": None},
+        {"role": "user", "content": "thanks"},
+    ]
+    backend.say("welcome")
+    client.chat.completions.create(model=name, messages=messages, tools=[CLOCK])
+    for part in ("be brief", "what", "now", "get_time", "noon", "<user>thanks<assistant>"):
+        assert part in backend.prompt
+
+
+def test_chat_sampling_fields_reach_the_engine(client: OpenAI, backend: ScriptedBackend, name: str) -> None:
+    backend.say("hello")
+    client.chat.completions.create(
+        model=name,
+        messages=user(),
+        temperature=0.5,
+        top_p=0.75,
+        frequency_penalty=0.25,
+        presence_penalty=-0.5,
+        seed=7,
+        max_completion_tokens=40,
+        logit_bias={"65": -100},
+        stop=["END", "STOP"],
+        user="ann",
+        metadata={"a": "b"},
+        store=False,
+        service_tier="auto",
+        extra_body={
+            "top_k": 5,
+            "min_p": 0.125,
+            "repetition_penalty": 1.5,
+            "min_tokens": 2,
+            "stop_token_ids": [1],
+            "bad_words": ["bad"],
+            "allowed_token_ids": [*range(257)],
+            "ignore_eos": False,
+            "skip_special_tokens": True,
+        },
+    )
+    params = backend.params[-1]
+    wanted = {
+        "temperature": 0.5,
+        "top_p": 0.75,
+        "frequency_penalty": 0.25,
+        "presence_penalty": -0.5,
+        "seed": 7,
+        "max_tokens": 40,
+        "logit_bias": {65: -100.0},
+        "stops": ("END", "STOP"),
+        "top_k": 5,
+        "min_p": 0.125,
+        "repetition_penalty": 1.5,
+        "min_tokens": 2,
+        "stop_token_ids": (1,),
+        "bad_words": ("bad",),
+        "allowed_token_ids": tuple(range(257)),
+    }
+    assert {name: getattr(params, name) for name in wanted} == wanted
+
+
+def test_chat_stop_and_length(client: OpenAI, backend: ScriptedBackend, name: str) -> None:
+    backend.say("one two three", "one two three")
+    (choice,) = client.chat.completions.create(model=name, messages=user(), stop=" two").choices
+    assert (choice.message.content, choice.finish_reason) == ("one", "stop")
+    (choice,) = client.chat.completions.create(model=name, messages=user(), max_tokens=5).choices
+    assert (choice.message.content, choice.finish_reason) == ("one t", "length")
+
+
+def test_chat_choices(client: OpenAI, backend: ScriptedBackend, name: str) -> None:
+    backend.say("abc", "abc")  # choice c of the scripted model is turned by c
+    done = client.chat.completions.create(model=name, messages=user(), n=3)
+    assert [choice.message.content for choice in done.choices] == ["abc", "bca", "cab"]
+    assert done.usage is not None
+    assert done.usage.completion_tokens == 12
+    texts = ["", "", ""]
+    for chunk in client.chat.completions.create(model=name, messages=user(), n=3, stream=True):
+        for part in chunk.choices:
+            texts[part.index] += part.delta.content or ""
+    assert texts == ["abc", "bca", "cab"]
+
+
+def test_chat_logprobs(client: OpenAI, backend: ScriptedBackend, name: str) -> None:
+    backend.say("é!", "é!")
+    done = client.chat.completions.create(model=name, messages=user(), logprobs=True, top_logprobs=3)
+    logprobs = done.choices[0].logprobs
+    assert logprobs is not None
+    assert logprobs.content is not None
+    assert [token.bytes for token in logprobs.content] == [[0xC3], [0xA9], [0x21]]  # no end token
+    assert all(len(token.top_logprobs) == 3 and token.logprob == -1.0 for token in logprobs.content)
+    streamed = []
+    for chunk in client.chat.completions.create(
+        model=name, messages=user(), logprobs=True, top_logprobs=3, stream=True
+    ):
+        for choice in chunk.choices:
+            if choice.logprobs is not None:
+                streamed += choice.logprobs.content or []
+    assert streamed == logprobs.content
+
+
+def test_chat_continues_an_assistants_message_when_asked(client: OpenAI, backend: ScriptedBackend, name: str) -> None:
+    messages: list[ChatCompletionMessageParam] = [*user(), {"role": "assistant", "content": "I am"}]
+    backend.say(" well", " well")
+    client.chat.completions.create(
+        model=name, messages=messages, extra_body={"continue_final_message": True, "add_generation_prompt": False}
+    )
+    assert backend.prompt.endswith("<assistant>I am")
+    client.chat.completions.create(model=name, messages=messages)
+    assert backend.prompt.endswith("<assistant>I am<assistant>")
+
+
+# --- reasoning
+
+
+def test_reasoning_is_apart_from_content(client: OpenAI, backend: ScriptedBackend, name: str) -> None:
+    backend.say(*["<think>\nhm, well\n</think>\n\nyes"] * 2)
+    message = client.chat.completions.create(model=name, messages=user()).choices[0].message
+    thought = extra(message, "reasoning")
+    assert (thought.strip(), (message.content or "").strip()) == ("hm, well", "yes")
+    chunks = [*client.chat.completions.create(model=name, messages=user(), stream=True)]
+    assert "".join(extra(chunk.choices[0].delta, "reasoning") for chunk in chunks) == thought
+    assert content_of(chunks) == message.content
+
+
+def extra(model: BaseModel, field: str) -> str:
+    """A field that the client's types do not know."""
+    return cast("str", (model.model_extra or {}).get(field) or "")
+
+
+def test_chat_template_kwargs_reach_the_template(client: OpenAI, backend: ScriptedBackend, name: str) -> None:
+    backend.say("yes")
+    kwargs = {"chat_template_kwargs": {"enable_thinking": False}}
+    message = client.chat.completions.create(model=name, messages=user(), extra_body=kwargs).choices[0].message
+    assert backend.prompt.endswith("<assistant><think></think>")
+    assert message.content == "yes"
+
+
+# --- tools, scripted
+
+
+def test_tools_auto(client: OpenAI, backend: ScriptedBackend, name: str) -> None:
+    backend.say("Let me look. " + call("get_weather", '{"city": "Paris", "days": 2}') + call("get_time", "{}"), "Hello")
+    done = client.chat.completions.create(model=name, messages=user(), tools=[WEATHER, CLOCK], tool_choice="auto")
+    assert "get_weather" in backend.prompt
+    (choice,) = done.choices
+    assert choice.finish_reason == "tool_calls"
+    assert (choice.message.content or "").strip() == "Let me look."
+    assert calls_of(choice.message) == [("get_weather", {"city": "Paris", "days": 2}), ("get_time", {})]
+    ids = [made.id for made in choice.message.tool_calls or []]
+    assert all(ids)
+    assert len({*ids}) == 2
+    (choice,) = client.chat.completions.create(model=name, messages=user(), tools=[WEATHER]).choices
+    assert (choice.finish_reason, choice.message.content, choice.message.tool_calls) == ("stop", "Hello", None)
+
+
+def calls_of(message: Any) -> list[tuple[str, Any]]:
+    return [(made.function.name, json.loads(made.function.arguments)) for made in message.tool_calls or []]
+
+
+def test_tools_stream_as_they_come_whole(client: OpenAI, backend: ScriptedBackend, name: str) -> None:
+    text = "<think>which?</think>Well: " + call("get_weather", '{"city": "Oslo", "days": 3}') + call("get_time", "{}")
+    backend.say(text, text)
+    whole = client.chat.completions.create(model=name, messages=user(), tools=[WEATHER, CLOCK]).choices[0]
+    content, made, reason = "", {}, None
+    for chunk in client.chat.completions.create(model=name, messages=user(), tools=[WEATHER, CLOCK], stream=True):
+        (part,) = chunk.choices
+        content += part.delta.content or ""
+        reason = part.finish_reason or reason
+        for delta in part.delta.tool_calls or []:
+            assert delta.function is not None
+            if delta.index not in made:
+                assert delta.id
+                assert delta.type == "function"
+                made[delta.index] = [delta.function.name, ""]
+            made[delta.index][1] += delta.function.arguments or ""
+    assert content == (whole.message.content or "")
+    assert reason == whole.finish_reason == "tool_calls"
+    assert [(name, json.loads(text)) for name, text in made.values()] == calls_of(whole.message)
+
+
+def test_the_clients_streaming_helper_gathers_calls(client: OpenAI, backend: ScriptedBackend, name: str) -> None:
+    backend.say("Well: " + call("get_weather", '{"city": "Oslo", "days": 3}'))
+    kinds = set()
+    strict = {**WEATHER, "function": {**WEATHER["function"], "strict": True}}
+    tools = cast("list[ChatCompletionToolParam]", [strict])
+    with client.chat.completions.stream(model=name, messages=user(), tools=tools) as stream:
+        for event in stream:
+            kinds.add(event.type)
+        final = stream.get_final_completion()
+    assert calls_of(final.choices[0].message) == [("get_weather", {"city": "Oslo", "days": 3})]
+    assert {"content.delta", "tool_calls.function.arguments.delta", "tool_calls.function.arguments.done"} <= kinds
+
+
+def test_tool_choice_none_calls_nothing(client: OpenAI, backend: ScriptedBackend, name: str) -> None:
+    backend.say("Hello")
+    (choice,) = client.chat.completions.create(model=name, messages=user(), tools=[WEATHER], tool_choice="none").choices
+    assert (choice.message.content, choice.message.tool_calls, choice.finish_reason) == ("Hello", None, "stop")
+
+
+def test_one_call_without_parallel_tool_calls(client: OpenAI, backend: ScriptedBackend, name: str) -> None:
+    backend.say(call("get_time", '{"zone": "UTC"}') + call("get_time", '{"zone": "CET"}'))
+    done = client.chat.completions.create(model=name, messages=user(), tools=[CLOCK], parallel_tool_calls=False)
+    assert calls_of(done.choices[0].message) == [("get_time", {"zone": "UTC"})]
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "get_time"}}])
+def test_a_forced_call_is_read_from_its_json(client: OpenAI, backend: ScriptedBackend, name: str, choice: Any) -> None:
+    backend.say("<think>hm</think>" + chosen("get_time", '{"zone": "CET"}'))
+    done = client.chat.completions.create(model=name, messages=user(), tools=[CLOCK], tool_choice=choice)
+    assert calls_of(done.choices[0].message) == [("get_time", {"zone": "CET"})]
+    assert extra(done.choices[0].message, "reasoning") == "hm"
+    assert backend.params[-1].structured_outputs is not None
+
+
+# --- tools and structured output of the embedded model, whose template knows no tools
+
+
+def test_a_required_choice_is_constrained(model: OpenAI, real: Address) -> None:
+    done = model.chat.completions.create(
+        model=real.model,
+        messages=user("What is the weather in Paris?"),
+        tools=[WEATHER, CLOCK],
+        tool_choice="required",
+        parallel_tool_calls=False,
+        temperature=0,
+        max_tokens=80,
+    )
+    (choice,) = done.choices
+    ((called, arguments),) = calls_of(choice.message)
+    check_arguments(called, arguments)
+
+
+def check_arguments(called: str, arguments: dict[str, Any]) -> None:
+    """They follow the schema of the tool."""
+    if called == "get_weather":
+        assert arguments["city"] in ("Paris", "Oslo")
+        assert arguments["days"] in range(1, 10)
+    else:
+        assert called == "get_time"
+        assert arguments["zone"] in ("UTC", "CET")
+
+
+def test_a_named_choice_is_constrained_and_streams(model: OpenAI, real: Address) -> None:
+    names, arguments, reasons = [], "", set()
+    for chunk in model.chat.completions.create(
+        model=real.model,
+        messages=user("What time is it?"),
+        tools=[WEATHER, CLOCK],
+        tool_choice={"type": "function", "function": {"name": "get_time"}},
+        temperature=0,
+        max_tokens=60,
+        stream=True,
+    ):
+        for part in chunk.choices:
+            reasons.add(part.finish_reason)
+            for delta in part.delta.tool_calls or []:
+                assert delta.function is not None
+                names += [delta.function.name] if delta.function.name else []
+                arguments += delta.function.arguments or ""
+    assert names == ["get_time"]
+    check_arguments("get_time", json.loads(arguments))
+    assert reasons - {None} <= {"tool_calls", "stop"}
+
+
+def test_json_object(model: OpenAI, real: Address) -> None:
+    (choice,) = model.chat.completions.create(
+        model=real.model,
+        messages=user('Answer with the JSON object {"a": 1}'),
+        response_format={"type": "json_object"},
+        temperature=0,
+        max_tokens=64,
+    ).choices
+    text = choice.message.content or ""
+    assert text.lstrip().startswith("{")
+    if choice.finish_reason == "stop":
+        assert isinstance(json.loads(text), dict)
+
+
+def test_json_schema_streams(model: OpenAI, real: Address) -> None:
+    stream = model.chat.completions.create(
+        model=real.model,
+        messages=user("Name a city."),
+        response_format={
+            "type": "json_schema",
+            "json_schema": {"name": "City", "strict": True, "schema": City.model_json_schema()},
+        },
+        temperature=0,
+        max_tokens=64,
+        stream=True,
+    )
+    City.model_validate_json(content_of([*stream]))
+
+
+def test_parse_with_a_pydantic_model(model: OpenAI, real: Address) -> None:
+    done = model.chat.completions.parse(
+        model=real.model, messages=user("Plan a trip."), response_format=Trip, temperature=0, max_tokens=128
+    )
+    parsed = done.choices[0].message.parsed
+    assert isinstance(parsed, Trip)
+    assert 1 <= len(parsed.stops) <= 2
+
+
+def test_parse_tools_with_a_pydantic_model(model: OpenAI, real: Address) -> None:
+    done = model.chat.completions.parse(
+        model=real.model,
+        messages=user("Name a city."),
+        tools=[openai.pydantic_function_tool(City)],
+        tool_choice="required",
+        parallel_tool_calls=False,
+        temperature=0,
+        max_tokens=80,
+    )
+    (made,) = done.choices[0].message.tool_calls or []
+    assert isinstance(made.function.parsed_arguments, City)
+
+
+async def test_parse_async(real: Address) -> None:
+    async with AsyncOpenAI(base_url=real.base_url, api_key=real.key, max_retries=0, timeout=60) as client:
+        done = await client.chat.completions.parse(
+            model=real.model, messages=user("Name a city."), response_format=City, temperature=0, max_tokens=64
+        )
+        assert isinstance(done.choices[0].message.parsed, City)
+        async with client.chat.completions.stream(
+            model=real.model, messages=user("Name a city."), response_format=City, temperature=0, max_tokens=64
+        ) as stream:
+            async for _ in stream:
+                pass
+            final = await stream.get_final_completion()
+    assert final.choices[0].message.parsed == done.choices[0].message.parsed
+
+
+def test_an_answer_cut_short_is_told_by_the_parser(model: OpenAI, real: Address) -> None:
+    with pytest.raises(openai.LengthFinishReasonError):
+        model.chat.completions.parse(model=real.model, messages=user(), response_format=Trip, max_tokens=3)
+
+
+GRAMMAR = 'start: "go " ("left" | "right") " " /[0-9]/'
+
+
+@pytest.mark.parametrize(
+    ("spec", "pattern"),
+    [
+        ({"regex": "[a-f]{3}-[0-9]{2}"}, "[a-f]{3}-[0-9]{2}"),
+        ({"choice": ["red", "green", "blue"]}, "red|green|blue"),
+        ({"grammar": GRAMMAR}, "go (left|right) [0-9]"),
+        ({"json": {"enum": [1, "two", None]}}, '1|"two"|null'),
+    ],
+)
+def test_structured_outputs_in_vllms_terms(model: OpenAI, real: Address, spec: dict[str, Any], pattern: str) -> None:
+    options: dict[str, Any] = {"temperature": 0, "max_tokens": 24, "extra_body": {"structured_outputs": spec}}
+    chat = model.chat.completions.create(model=real.model, messages=user("Go."), **options)
+    assert re.fullmatch(pattern, (chat.choices[0].message.content or "").strip())
+    (choice,) = model.completions.create(model=real.model, prompt="The answer is ", **options).choices
+    assert re.fullmatch(pattern, choice.text.strip())
+    assert choice.finish_reason == "stop"
+
+
+def test_the_embedded_model_answers_alike_twice(model: OpenAI, real: Address) -> None:
+    def answer(**options: Any) -> str:
+        done = model.chat.completions.create(
+            model=real.model, messages=user("Tell me a story."), max_tokens=12, **options
+        )
+        return done.choices[0].message.content or ""
+
+    assert answer(temperature=0) == answer(temperature=0)
+    assert answer(temperature=1, seed=5) == answer(temperature=1, seed=5)
+
+
+# --- errors
+
+
+@pytest.mark.parametrize(
+    ("given", "param"),
+    [
+        ({"temperature": -1}, "temperature"),
+        ({"temperature": "hot"}, "temperature"),
+        ({"top_p": 0}, "top_p"),
+        ({"n": 0}, "n"),
+        ({"n": 10**6}, "n"),
+        ({"max_tokens": 10**7}, "max_tokens"),
+        ({"stop": 5}, "stop"),
+        ({"logit_bias": {"99999999": 1}}, "logit_bias"),
+        ({"top_logprobs": 3}, "top_logprobs"),
+        ({"stream_options": {"include_usage": True}}, "stream_options"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"tools": [{"type": "function"}]}, "tools[0].function"),
+        (
+            {"tools": [CLOCK], "tool_choice": {"type": "function", "function": {"name": "none"}}},
+            "tool_choice",
+        ),
+        ({"response_format": {"type": "xml"}}, "response_format.type"),
+        ({"messages": []}, "messages"),
+        ({"messages": [{"role": "robot", "content": "x"}]}, "messages[0].role"),
+        ({"extra_body": {"top_k": -5}}, "top_k"),
+        ({"extra_body": {"tempratur": 1}}, "tempratur"),
+        ({"extra_body": {"guided_json": {}}}, "guided_json"),
+        ({"extra_body": {"structured_outputs": {"regex": "("}}}, "structured_outputs"),
+        ({"extra_body": {"structured_outputs": {"regex": "a", "choice": ["b"]}}}, "structured_outputs"),
+    ],
+)
+def test_bad_requests_name_the_field(client: OpenAI, name: str, given: dict[str, Any], param: str) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.chat.completions.create(**{"model": name, "messages": user()} | given)
+    error = caught.value
+    assert error.status_code == 400
+    assert error.param is not None
+    assert error.param == param or error.param.startswith(f"{param}.") or error.param.startswith(f"{param}[")
+    assert error.type == "invalid_request_error"
+
+
+@pytest.mark.parametrize(
+    "schema", [{"not": {"type": "string"}}, {"$ref": "#/$defs/None"}, {"type": "array", "contains": {}}]
+)
+def test_keywords_that_are_not_enforced_are_refused(client: OpenAI, name: str, schema: dict[str, Any]) -> None:
+    keyword = next(word for word in ("not", "$ref", "contains") if word in schema)
+    wanted: Any = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.chat.completions.create(model=name, messages=user(), response_format=wanted)
+    assert keyword in caught.value.message
+    assert (caught.value.param or "").startswith("response_format")
+
+
+def test_a_wrong_key_and_a_wrong_model(client: OpenAI, scripted: Address) -> None:
+    with client_of(scripted, api_key="wrong") as other, pytest.raises(openai.AuthenticationError) as refused:
+        other.models.list()
+    assert refused.value.status_code == 401
+    with pytest.raises(openai.NotFoundError) as missing:
+        client.chat.completions.create(model="none", messages=user())
+    assert missing.value.param == "model"
+    with pytest.raises(openai.NotFoundError):
+        client.embeddings.create(model="none", input="x")
+
+
+def test_errors_of_the_engine(client: OpenAI, backend: ScriptedBackend, name: str) -> None:
+    backend.say("FAIL", "FAIL", "on")
+    with pytest.raises(openai.InternalServerError, match="kernel panic"):
+        client.chat.completions.create(model=name, messages=user())
+    stream = client.chat.completions.create(model=name, messages=user(), stream=True)
+    with pytest.raises(openai.APIError, match="kernel panic"):
+        list(stream)
+    assert client.chat.completions.create(model=name, messages=user()).choices[0].message.content == "on"
+
+
+# --- the wire
+
+
+def test_raw_and_streaming_responses(client: OpenAI, backend: ScriptedBackend, name: str) -> None:
+    backend.say("raw", "raw", "raw")
+    response = client.chat.completions.with_raw_response.create(model=name, messages=user())
+    assert response.status_code == 200
+    assert response.headers["content-type"].startswith("application/json")
+    assert response.parse().choices[0].message.content == "raw"
+    with client.chat.completions.with_streaming_response.create(model=name, messages=user()) as streamed:
+        assert json.loads(streamed.read())["object"] == "chat.completion"
+    events = client.chat.completions.with_raw_response.create(model=name, messages=user(), stream=True)
+    assert events.headers["content-type"].startswith("text/event-stream")
+    assert content_of([*events.parse()]) == "raw"
+
+
+def test_tokenize_and_detokenize(client: OpenAI, name: str) -> None:
+    root = client.with_options(base_url=str(client.base_url).removesuffix("/v1/"))
+    told: Any = root.post("/tokenize", cast_to=object, body={"model": name, "prompt": "hello"})
+    assert told["tokens"] == [*b"hello"]
+    back: Any = root.post("/detokenize", cast_to=object, body={"model": name, "tokens": told["tokens"]})
+    assert back["prompt"] == "hello"
+
+
+def test_a_timeout_ends_the_request(client: OpenAI, backend: ScriptedBackend, name: str) -> None:
+    backend.say("HANG")
+    with pytest.raises(openai.APITimeoutError):
+        client.with_options(timeout=0.5).chat.completions.create(model=name, messages=user())
+    assert backend.idle.wait(10)
+
+
+def test_leaving_a_stream_ends_the_request(client: OpenAI, backend: ScriptedBackend, name: str) -> None:
+    backend.say("HANG")
+    with client.chat.completions.create(model=name, messages=user(), stream=True) as stream:
+        next(iter(stream))
+        assert not backend.idle.is_set()
+    assert backend.idle.wait(10)
+
+
+async def test_leaving_a_stream_ends_the_request_async(
+    aclient: AsyncOpenAI, backend: ScriptedBackend, name: str
+) -> None:
+    backend.say("HANG")
+    stream = await aclient.chat.completions.create(model=name, messages=user(), stream=True)
+    async for _ in stream:
+        break
+    await stream.close()
+    assert backend.idle.wait(10)
