@@ -52,7 +52,7 @@ def detect_cpu(root: Path = Path("/")) -> DeviceFacts:
         total_memory=total,
         free_memory=available,
         native_bfloat16=bool(BFLOAT16_FLAGS & flags),
-        cores=_cores(root),
+        cores=available_cores(root),
     )
 
 
@@ -117,9 +117,23 @@ def _reclaimable(folder: Path) -> int:
     return int(amounts.get("total_inactive_file", amounts.get("inactive_file", "0")))
 
 
-def _cores(root: Path) -> int:
-    """Cores by affinity and by CPU quota."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def physical_cpus(root: Path = Path("/")) -> list[int]:
+    """Processors that this process may run on, the first of each physical core."""
+    if not hasattr(os, "sched_getaffinity"):
+        return list(range(os.cpu_count() or 1))
+    cores: dict[str, int] = {}
+    for cpu in sorted(os.sched_getaffinity(0)):
+        try:
+            path = root / f"sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list"
+            cores.setdefault(path.read_text().strip(), cpu)
+        except OSError:
+            cores[f"unknown {cpu}"] = cpu
+    return list(cores.values())
+
+
+def available_cores(root: Path = Path("/")) -> int:
+    """Physical cores by affinity, or fewer by CPU quota."""
+    cores = len(physical_cpus(root))
     for folder, unified in _cgroup_files(root, "cpu"):
         if unified:
             quota, period = _number(folder / "cpu.max"), _number(folder / "cpu.max", 1)
@@ -205,8 +219,9 @@ def detect_cuda(index: int) -> DeviceFacts:
         total_memory=total.value,
         free_memory=min(_nvml_free(bus.value, total.value), total.value),
         native_bfloat16=major.value >= 8,
-        cores=_cores(Path("/")),
+        cores=available_cores(),
         index=index,
+        count=count_gpus() - index,
     )
 
 

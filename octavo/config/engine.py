@@ -34,15 +34,25 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_model_len: int
     overlap: Literal[0, 1]
     """Steps launched before the previous one's tokens have reached the host."""
+    stages: int = 1
+    """Stages of a pipeline: so many plans are in flight, each with rows of its own."""
 
 
 class ParallelConfig(msgspec.Struct, frozen=True, kw_only=True):
     tensor: int = 1
+    """Ranks that share each layer."""
     pipeline: int = 1
+    """Stages of layers."""
+
+    @property
+    def ranks(self) -> int:
+        return self.tensor * self.pipeline
 
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     model: ModelFacts
+    tokenizer: str | None = None
+    """Where the tokenizer's files are; None without one."""
     device: DeviceFacts
     dtype: str
     load_format: Literal["auto", "safetensors", "gguf", "dummy"]

@@ -4,11 +4,12 @@
 decisions and their reasons, or raises ConfigError with the figures and the flag to change. Weights are sized
 from the facts alone, so that a model that cannot fit is refused before any of it is read.
 
-The memory of a worker is split as
+The memory of a rank is split as
 
     budget = weights + activations + reserve + KV cache
 
-where the budget is the free memory of a CPU, or `gpu_memory_utilization` of a GPU's.
+where the budget is `gpu_memory_utilization` of a GPU's memory, or a CPU's free memory divided among the ranks. All
+ranks keep to the figures of the one that holds most.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import msgspec
 from octavo.config.args import EngineArgs, flag_of
 from octavo.config.engine import CacheConfig, Decision, EngineConfig, ParallelConfig, SchedulerConfig
 from octavo.config.kv import DTYPE_BYTES, KVGroup, kv_groups, page_bytes, pages_for_sequence
+from octavo.config.parallel import check_sizes, rank_parameters, shard_of, stage_layers
 from octavo.core.errors import ConfigError
 from octavo.core.facts import DeviceFacts, ModelFacts
 
@@ -33,6 +35,8 @@ MAX_NUM_BATCHED_TOKENS = {"cpu": 512, "cuda": 8192}
 RESERVE = {"cpu": GIB // 2, "cuda": GIB}
 """What libraries, workspaces and the allocator's rounding take beside tensors of ours."""
 CPU_KV_CACHE = 4 * GIB
+QUANT_BLOCK = {"none": 1, "native": 32, "int8": 32}
+"""Inputs that share a scale, by quantization; a GGUF file's format may ask for more, which loading tells."""
 MAX_BLOCKS = 1 << 20
 """Where a pool sized by us ends: its bookkeeping would cost more than further pages bring."""
 
@@ -61,6 +65,16 @@ class Memory(msgspec.Struct, frozen=True, kw_only=True):
 
 def resolve(args: EngineArgs, model: ModelFacts, device: DeviceFacts) -> tuple[EngineConfig, list[Decision]]:
     """The configuration of an engine for `model` on `device`, and why. Raises ConfigError."""
+    tensor, pipeline = args.tensor_parallel_size, args.pipeline_parallel_size
+    check_sizes(model, tensor, pipeline, block=QUANT_BLOCK[args.quantization])
+    if device.kind == "cuda" and tensor * pipeline > device.count:
+        raise ConfigError(
+            f"--tensor-parallel-size {tensor} times --pipeline-parallel-size {pipeline} needs {tensor * pipeline} GPUs,"
+            f" but {device.count} can be seen from {device.name} number {device.index} on: lower them"
+        )
+    if device.kind == "cpu":
+        share = device.free_memory // (tensor * pipeline)
+        device = msgspec.structs.replace(device, free_memory=share, cores=max(device.cores // (tensor * pipeline), 1))
     dtype, dtype_reason = _dtype(args, model, device)
     load_format, format_reason = _load_format(args, model)
     length, length_reason = _max_model_len(args, model)
@@ -71,7 +85,7 @@ def resolve(args: EngineArgs, model: ModelFacts, device: DeviceFacts) -> tuple[E
     _check_model_fits(args, model, device, dtype, memory)
 
     groups = kv_groups(model)
-    page = page_bytes(model, groups, args.block_size, dtype)
+    page = rank_page_bytes(model, groups, args.block_size, dtype, tensor, pipeline)
     pool = _Pool(groups, tokens, args.block_size, page)
     blocks, blocks_reason = _num_blocks(args, device, pool, length, seqs, memory)
     fits = pool.longest(blocks - 1, length)
@@ -82,6 +96,7 @@ def resolve(args: EngineArgs, model: ModelFacts, device: DeviceFacts) -> tuple[E
 
     config = EngineConfig(
         model=model,
+        tokenizer=None if args.skip_tokenizer_init else args.tokenizer or model.path,
         device=device,
         dtype=dtype,
         load_format=load_format,
@@ -95,9 +110,9 @@ def resolve(args: EngineArgs, model: ModelFacts, device: DeviceFacts) -> tuple[E
             groups=groups,
         ),
         scheduler=SchedulerConfig(
-            max_num_seqs=seqs, max_num_batched_tokens=tokens, max_model_len=length, overlap=overlap
+            max_num_seqs=seqs, max_num_batched_tokens=tokens, max_model_len=length, overlap=overlap, stages=pipeline
         ),
-        parallel=ParallelConfig(tensor=args.tensor_parallel_size, pipeline=args.pipeline_parallel_size),
+        parallel=ParallelConfig(tensor=tensor, pipeline=pipeline),
     )
     kv = f"{_gib(blocks * page)}, {blocks} blocks of {args.block_size}, {config.cache.kv_tokens} tokens"
     return config, [
@@ -108,9 +123,25 @@ def resolve(args: EngineArgs, model: ModelFacts, device: DeviceFacts) -> tuple[E
         Decision("max_num_seqs", str(seqs), seqs_reason),
         Decision("max_num_batched_tokens", str(tokens), tokens_reason),
         Decision("overlap", str(overlap), overlap_reason),
-        Decision("weights", _gib(memory.weights), f"{model.num_parameters:,} parameters in {dtype}"),
+        *_parallel(tensor, pipeline, model),
+        Decision("weights", _gib(memory.weights), _weights(model, dtype, tensor * pipeline)),
         Decision("kv_cache", kv, blocks_reason),
     ]
+
+
+def _parallel(tensor: int, pipeline: int, model: ModelFacts) -> list[Decision]:
+    """What is said of several ranks."""
+    if tensor * pipeline == 1:
+        return []
+    stages = ", ".join(f"{len(layers)} layers" for layers in stage_layers(model, pipeline))
+    return [
+        Decision("parallel", f"{tensor} x {pipeline}", f"as given: {tensor} ranks share a layer; stages of {stages}")
+    ]
+
+
+def _weights(model: ModelFacts, dtype: str, ranks: int) -> str:
+    whole = f"{model.num_parameters:,} parameters in {dtype}"
+    return whole if ranks == 1 else f"of each rank; {whole} in all"
 
 
 def _asked(given: bool, otherwise: str) -> str:
@@ -126,11 +157,13 @@ def _dtype(args: EngineArgs, model: ModelFacts, device: DeviceFacts) -> _Choice:
         if args.dtype == "bfloat16" and device.kind == "cuda" and not device.native_bfloat16:
             raise ConfigError(f"--dtype is 'bfloat16', which {device.name} does not compute: choose float16")
         return args.dtype, "as given"
-    return _cuda_dtype(model, device) if device.kind == "cuda" else _cpu_dtype()
+    return _cuda_dtype(model, device) if device.kind == "cuda" else _cpu_dtype(device)
 
 
-def _cpu_dtype() -> _Choice:
-    return "float32", "exact, and the number format that every CPU computes at full speed"
+def _cpu_dtype(device: DeviceFacts) -> _Choice:
+    if device.native_bfloat16:
+        return "bfloat16", f"half the memory to read, and {device.name} multiplies it"
+    return "float32", f"exact, and {device.name} does not multiply bfloat16"
 
 
 def _cuda_dtype(model: ModelFacts, device: DeviceFacts) -> _Choice:
@@ -208,8 +241,9 @@ def estimate_memory(
 
         T x (3 hidden + 2 q + 2 kv + 3 intermediate) x bytes + S x vocabulary x 7 x max(4, bytes)
     """
-    size = DTYPE_BYTES[dtype]
-    per_token = 3 * model.hidden_size + 2 * model.q_size + 2 * model.kv_size + 3 * model.intermediate_size
+    size, tensor = DTYPE_BYTES[dtype], args.tensor_parallel_size
+    shard, intermediate = shard_of(model, tensor), model.intermediate_size // tensor
+    per_token = 3 * model.hidden_size + 2 * shard.q_size + 2 * shard.kv_size + 3 * intermediate
     rows = min(seqs, tokens)
     budget = device.free_memory
     sized_by_user = args.kv_cache_memory_bytes is not None or args.num_gpu_blocks_override is not None
@@ -223,7 +257,7 @@ def estimate_memory(
             )
     return Memory(
         budget=budget,
-        weights=model.num_parameters * size,
+        weights=rank_parameters(model, tensor, args.pipeline_parallel_size) * size,
         activations=tokens * per_token * size + rows * model.vocab_size * 7 * max(4, size),
         reserve=RESERVE[device.kind],
     )
@@ -235,6 +269,8 @@ def _check_model_fits(args: EngineArgs, model: ModelFacts, device: DeviceFacts, 
     remedies = ["lower --max-num-batched-tokens and --max-num-seqs", "take a smaller model"]
     if DTYPE_BYTES[dtype] > 2:
         remedies.insert(0, "use --dtype bfloat16")
+    if device.kind == "cuda" and device.count > args.tensor_parallel_size * args.pipeline_parallel_size:
+        remedies.insert(0, "raise --tensor-parallel-size")
     if device.kind == "cuda" and args.gpu_memory_utilization < 0.95:
         remedies.insert(0, "raise --gpu-memory-utilization")
     need = memory.weights + memory.activations + memory.reserve
@@ -244,6 +280,15 @@ def _check_model_fits(args: EngineArgs, model: ModelFacts, device: DeviceFacts, 
         f"{_gib(memory.reserve)} in reserve), but {device.name} has {_gib(memory.budget)} for it: "
         f"{' or '.join(remedies)}"
     )
+
+
+def rank_page_bytes(
+    model: ModelFacts, groups: tuple[KVGroup, ...], block_size: int, dtype: str, tensor: int, pipeline: int
+) -> int:
+    """Bytes of a page in the rank that holds most of it: its share of the KV heads, in the layers of its stage."""
+    layer = page_bytes(shard_of(model, tensor), groups, block_size, dtype) // len(groups[0].layers)
+    place = {at: j for group in groups for j, at in enumerate(group.layers)}
+    return layer * max(len({place[at] for at in layers}) for layers in stage_layers(model, pipeline))
 
 
 class _Pool:

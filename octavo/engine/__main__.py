@@ -22,6 +22,7 @@ from octavo.config.engine import EngineConfig
 from octavo.core.errors import OctavoError
 from octavo.core.request import Ready
 from octavo.engine.engine import Engine
+from octavo.engine.executor import executor_for
 from octavo.engine.loop import Wire, last_words, run
 
 
@@ -51,8 +52,14 @@ def main(inbox: str, outbox: str) -> int:
     wire = Wire(inbox, outbox)
     _leave_with_parent(inbox)
     started = time.monotonic()
+
+    def die(error: OctavoError) -> None:
+        """A rank has died, and the loop may wait for it: says so and leaves at once."""
+        wire.send_from_thread(last_words(error))
+        os._exit(1)
+
     try:
-        engine = Engine(config)
+        engine = Engine(config, executor=executor_for(config, die))
         engine.load(wire.progress)
         wire.send(Ready(msgspec.msgpack.encode(config), config.cache.kv_tokens, time.monotonic() - started))
         run(engine, wire)

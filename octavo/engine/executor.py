@@ -1,6 +1,7 @@
 """Who runs the plans: the seam between the engine's loop and its workers.
 
-Owns the Protocol and the executor of one rank in the engine's own process. Decides nothing.
+Owns the Protocol and the executor of one rank in the engine's own process; `processes` has that of several. Decides
+nothing.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
 from octavo.config.engine import EngineConfig
+from octavo.core.errors import OctavoError
 from octavo.core.plan import Masks, Plan, StepResult
 
 if TYPE_CHECKING:
@@ -39,6 +41,19 @@ class Executor(Protocol):
         """Launches the forward pass; calling the result launches sampling, under masks or none."""
         ...
 
+    def close(self) -> None:
+        """Ends what the executor has started. Safe to call twice."""
+        ...
+
+
+def executor_for(config: EngineConfig, on_death: Callable[[OctavoError], None] | None = None) -> Executor:
+    """The executor of the configuration's ranks; `on_death` hears of the death of one that is another process."""
+    if config.parallel.ranks == 1:
+        return InlineExecutor(config)
+    from octavo.engine.processes import ProcessExecutor
+
+    return ProcessExecutor(config, on_death)
+
 
 class InlineExecutor:
     """One rank, in this process."""
@@ -59,3 +74,6 @@ class InlineExecutor:
     def launch(self, plan: Plan) -> Sample:
         forward = self._worker.forward(plan)
         return lambda masks: self._worker.sample(forward, masks)
+
+    def close(self) -> None:
+        """Nothing was started."""

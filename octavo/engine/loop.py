@@ -36,6 +36,7 @@ class Wire:
             socket.setsockopt(zmq.LINGER, 1000)
             socket.set_hwm(0)
             socket.connect(endpoint)
+        self._endpoint = outbox
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(ToEngine)
 
@@ -53,6 +54,13 @@ class Wire:
 
     def progress(self, what: str, done: int, total: int) -> None:
         self.send(Progress(what, done, total))
+
+    def send_from_thread(self, message: FromEngine) -> None:
+        """Sends while the loop may be anywhere, over a socket of its own; returns once the message has gone out."""
+        with zmq.Context() as context, context.socket(zmq.PUSH) as socket:
+            socket.setsockopt(zmq.LINGER, 1000)
+            socket.connect(self._endpoint)
+            socket.send(self._encoder.encode(message))
 
     def close(self) -> None:
         self._inbox.close()

@@ -8,11 +8,24 @@ files.
 from __future__ import annotations
 
 from octavo.layers.attention import Attention
-from octavo.layers.build import Build, Layer
-from octavo.layers.embedding import Embedding
+from octavo.layers.build import Build, Layer, Slot
+from octavo.layers.embedding import Embedding, Head
 from octavo.layers.linear import Linear
 from octavo.layers.mlp import MLP
-from octavo.layers.norm import AddNorm, RMSNorm
+from octavo.layers.norm import AddNorm, Join, RMSNorm
 from octavo.layers.rope import Rope
 
-__all__ = ["MLP", "AddNorm", "Attention", "Build", "Embedding", "Layer", "Linear", "RMSNorm", "Rope"]
+__all__ = [
+    "MLP",
+    "AddNorm",
+    "Attention",
+    "Build",
+    "Embedding",
+    "Head",
+    "Join",
+    "Layer",
+    "Linear",
+    "RMSNorm",
+    "Rope",
+    "Slot",
+]

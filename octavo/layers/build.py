@@ -15,10 +15,25 @@ from octavo.config.kv import KVGroup
 from octavo.core.errors import UnsupportedModel
 from octavo.kernels import Kernels
 from octavo.parallel import Comm, Single
-from octavo.quant import Blocks, Dense, Scheme
+from octavo.quant import Blocks, Dense, Scheme, Stored
 
-Load = Callable[[Tensor | Blocks], None]
-"""Copies one checkpoint tensor into a layer; UnsupportedModel where its shape is not the layer's."""
+
+@dataclass(frozen=True)
+class Slot:
+    """The place of one checkpoint tensor; a call copies this rank's share of it there."""
+
+    shape: tuple[int, ...]
+    """Of the whole tensor."""
+    load: Callable[[Stored], None]
+
+    def __call__(self, tensor: Stored) -> None:
+        """UnsupportedModel where the tensor has another shape."""
+        if tuple(tensor.shape) != self.shape:
+            raise UnsupportedModel(
+                f"weight of shape {list(tensor.shape)} where the model's configuration needs {list(self.shape)};"
+                " check that config and weights belong together"
+            )
+        self.load(tensor)
 
 
 @dataclass(frozen=True)
@@ -33,6 +48,8 @@ class Build:
     groups: tuple[KVGroup, ...]
     comm: Comm = field(default_factory=Single)
     scheme: Scheme = field(default_factory=Dense)
+    layers: range | None = None
+    """Those of this stage; None: all."""
 
     def empty(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=self.dtype, device=self.device)
@@ -44,7 +61,7 @@ class Build:
 class Layer(Protocol):
     """A layer that owns weights."""
 
-    def slots(self) -> Mapping[tuple[str, str], Load]:
+    def slots(self) -> Mapping[tuple[str, str], Slot]:
         """Every checkpoint tensor that it needs, by (part, suffix): ("q", "weight"), ("", "bias"), ..."""
 
     def tensors(self) -> Mapping[str, Tensor]:
@@ -60,8 +77,8 @@ class OneTensor:
     def __init__(self, weight: Tensor) -> None:
         self.weight = weight
 
-    def slots(self) -> Mapping[tuple[str, str], Load]:
-        return {("", "weight"): partial(copy_exact, self.weight)}
+    def slots(self) -> Mapping[tuple[str, str], Slot]:
+        return {("", "weight"): Slot(tuple(self.weight.shape), partial(copy_whole, self.weight))}
 
     def tensors(self) -> Mapping[str, Tensor]:
         return {"weight": self.weight}
@@ -70,16 +87,12 @@ class OneTensor:
         """Nothing to repack."""
 
 
-def copy_exact(into: Tensor, tensor: Tensor | Blocks) -> None:
-    """Copies with dtype conversion; UnsupportedModel unless the shapes are equal."""
-    check_shape(tensor, tuple(into.shape))
-    assert isinstance(tensor, Tensor)
-    into.copy_(tensor)
+def copy_whole(into: Tensor, tensor: Stored) -> None:
+    """Copies with dtype conversion."""
+    into.copy_(floats(tensor[(slice(None),) * into.dim()]))
 
 
-def check_shape(tensor: Tensor | Blocks, expected: tuple[int, ...]) -> None:
-    if tuple(tensor.shape) != expected:
-        raise UnsupportedModel(
-            f"weight of shape {list(tensor.shape)} where the model's configuration needs {list(expected)};"
-            " check that config and weights belong together"
-        )
+def floats(cut: Tensor | Blocks) -> Tensor:
+    """A cut of what no scheme keeps in another format."""
+    assert isinstance(cut, Tensor)
+    return cut

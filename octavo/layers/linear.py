@@ -7,9 +7,9 @@ from functools import partial
 
 from torch import Tensor
 
-from octavo.layers.build import Build, Load, check_shape
+from octavo.layers.build import Build, Slot, floats
 from octavo.parallel import Layout, Slice
-from octavo.quant import Blocks
+from octavo.quant import Stored
 
 
 class Linear:
@@ -31,6 +31,7 @@ class Linear:
             out += read.out[1] - read.out[0]
         start, stop = next(iter(self._reads.values())).in_
         self._params = self._scheme.create(out, stop - start, build.dtype, build.device)
+        self._has_bias = bias
         self._bias = build.empty(out) if bias and not (layout.partial and rank) else None
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -46,13 +47,14 @@ class Linear:
         """Rows index [T] int64 of the matrix, as an embedding has it: [T, in here]."""
         return self._scheme.gather(self._kernels, index, self._params)
 
-    def slots(self) -> Mapping[tuple[str, str], Load]:
-        slots: dict[tuple[str, str], Load] = {}
-        for part in self._reads:
-            for key in self._scheme.granularity:
-                slots[part, key] = partial(self._load, part, key)
-            if self._bias is not None:
-                slots[part, "bias"] = partial(self._load_bias, part)
+    def slots(self) -> Mapping[tuple[str, str], Slot]:
+        slots: dict[tuple[str, str], Slot] = {}
+        for part, (out, in_) in self._shapes.items():
+            for key, granularity in self._scheme.granularity.items():
+                shape = (out // granularity[0], in_ // granularity[1])
+                slots[part, key] = Slot(shape, partial(self._load, part, key))
+            if self._has_bias:
+                slots[part, "bias"] = Slot((out,), partial(self._load_bias, part))
         return slots
 
     def tensors(self) -> Mapping[str, Tensor]:
@@ -66,15 +68,11 @@ class Linear:
         offset = self._offsets[part]
         return Slice((offset, offset + last - first), (0, stop - start))
 
-    def _load(self, part: str, key: str, tensor: Tensor | Blocks) -> None:
+    def _load(self, part: str, key: str, tensor: Stored) -> None:
         granularity = self._scheme.granularity[key]
-        out, in_ = self._shapes[part]
-        check_shape(tensor, (out // granularity[0], in_ // granularity[1]))
         cut = tensor[self._reads[part].index(granularity)]
         self._scheme.load(self._params, key, self._slot(part).index(granularity), cut)
 
-    def _load_bias(self, part: str, tensor: Tensor | Blocks) -> None:
-        assert self._bias is not None
-        check_shape(tensor, self._shapes[part][:1])
-        assert isinstance(tensor, Tensor)
-        self._bias[slice(*self._slot(part).out)].copy_(tensor[slice(*self._reads[part].out)])
+    def _load_bias(self, part: str, tensor: Stored) -> None:
+        if self._bias is not None:
+            self._bias[slice(*self._slot(part).out)].copy_(floats(tensor[(slice(*self._reads[part].out),)]))

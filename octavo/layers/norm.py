@@ -32,3 +32,13 @@ class AddNorm(RMSNorm):
         """(linear(normalised stream), stream); without a residual `partial` is the stream. gated: then SwiGLU."""
         x = partial if residual is None else self._comm.all_reduce(partial)
         return linear.after_norm(x, residual, (self.weight, self.eps), gated=gated)
+
+
+class Join:
+    """The end of a stage that is not the last: partial sums are reduced and added to the stream, nothing else."""
+
+    def __init__(self, build: Build) -> None:
+        self._comm = build.comm
+
+    def __call__(self, partial: Tensor, residual: Tensor) -> Tensor:
+        return self._comm.all_reduce(partial) + residual

@@ -15,11 +15,13 @@ from torch import Tensor
 
 from octavo.attention import AttentionBackend, Batch, attn_specs
 from octavo.config.kv import KVGroup
+from octavo.config.parallel import shard_of
 from octavo.core.errors import UnsupportedModel
 from octavo.core.facts import ModelFacts
 from octavo.kernels import Kernels
 from octavo.layers import Build
-from octavo.quant import Blocks, Dense, Scheme
+from octavo.parallel import Comm, Single
+from octavo.quant import Dense, Scheme, Stored
 
 _FAMILIES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
 """Module of this package -> its class."""
@@ -28,14 +30,20 @@ _FAMILIES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": 
 class Model(Protocol):
     """What the worker and the loader see of a model."""
 
-    def __call__(self, batch: Batch) -> Tensor:
-        """Hidden states [T, hidden] after the last norm; writes the KV of the batch's tokens."""
+    def __call__(self, batch: Batch, stream: Tensor | None = None) -> Tensor:
+        """Hidden states [T, hidden] after the last norm; writes the KV of the batch's tokens.
+
+        A stage takes up the `stream` of the stage before and, unless it is the last, returns its own.
+        """
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [S, hidden] -> [S, vocab], in the model's dtype."""
 
-    def load_weight(self, name: str, tensor: Tensor | Blocks) -> None:
-        """Copies a tensor, named as in Hugging Face checkpoints, to its place; UnsupportedModel if it has none."""
+    def slots(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Name, as in Hugging Face checkpoints, and whole shape of every tensor that this rank needs a share of."""
+
+    def load_weight(self, name: str, tensor: Stored) -> None:
+        """Copies this rank's share of a tensor to its place; UnsupportedModel if no rank has one."""
 
     def finish_loading(self) -> None:
         """UnsupportedModel if a weight has not come; otherwise readies the weights for their kernels."""
@@ -54,14 +62,19 @@ def build_model(
     groups: tuple[KVGroup, ...],
     block_size: int,
     scheme: Scheme | None = None,
+    comm: Comm | None = None,
+    layers: range | None = None,
 ) -> Model:
     """The model of `facts.architecture` with uninitialised weights; UnsupportedModel for an unknown family.
 
-    `scheme` is the number format of its matrices, by default `dtype` itself.
+    `scheme` is the number format of its matrices, by default `dtype` itself. The ranks of `comm` share each layer;
+    `layers` are those of this stage, by default all.
     """
     if facts.architecture not in _FAMILIES:
         known = ", ".join(_FAMILIES)
         raise UnsupportedModel(f"architecture {facts.architecture!r} is not implemented; known are {known}")
     family = getattr(import_module(f"octavo.models.{facts.architecture}"), _FAMILIES[facts.architecture])
-    specs = attn_specs(facts, block_size)
-    return cast(Model, family(facts, Build(dtype, device, kernels, attention, specs, groups, scheme=scheme or Dense())))
+    comm, scheme = comm or Single(), scheme or Dense()
+    specs = attn_specs(shard_of(facts, comm.size), block_size)
+    build = Build(dtype, device, kernels, attention, specs, groups, comm, scheme, layers)
+    return cast(Model, family(facts, build))

@@ -13,10 +13,9 @@ from torch import Tensor
 from octavo.attention import Batch, Rotation
 from octavo.core.errors import UnsupportedModel
 from octavo.core.facts import ModelFacts
-from octavo.layers import MLP, AddNorm, Attention, Build, Embedding, Linear, Rope
+from octavo.layers import MLP, AddNorm, Attention, Build, Embedding, Head, Join, Rope
 from octavo.models.weight_map import Names, WeightMap
-from octavo.parallel import Replicated
-from octavo.quant import Blocks
+from octavo.quant import Stored
 
 
 class Block:
@@ -34,7 +33,10 @@ class Block:
 
 
 class Llama:
-    """The model: tokens of a batch -> hidden states; hidden states -> logits."""
+    """The model: tokens of a batch -> hidden states; hidden states -> logits.
+
+    A stage of a pipeline is the same with some of the layers: the first one embeds, the last one has norm and head.
+    """
 
     optional: ClassVar[frozenset[str]] = frozenset({"qkv_bias", "output_bias", "mlp_bias"})
     """Switches of ModelFacts that the family may set."""
@@ -56,36 +58,54 @@ class Llama:
 
     def __init__(self, facts: ModelFacts, build: Build) -> None:
         self._check(facts)
-        self.embed = Embedding(facts.vocab_size, facts.hidden_size, build)
+        layers = build.layers or range(facts.num_layers)
+        first, last = layers.start == 0, layers.stop == facts.num_layers
+        self._tied, self._num_layers = facts.tie_embeddings, facts.num_layers
+        self.embed: Embedding | None = None
+        self.norm: AddNorm | None = None
+        self.head: Head | None = None
+        if first or (last and self._tied):
+            self.embed = Embedding(facts.vocab_size, facts.hidden_size, build)
         self.rope = Rope(facts.rope, build)
-        self.blocks = [Block(facts, layer, build) for layer in range(facts.num_layers)]
-        self.norm = AddNorm(facts.hidden_size, facts.norm_eps, build)
-        self.head: Linear | None = None
-        if not facts.tie_embeddings:
-            self.head = Linear(facts.hidden_size, Replicated({"head": facts.vocab_size}), build)
+        self.blocks = {layer: Block(facts, layer, build) for layer in layers}
+        self.join = Join(build)
+        if last:
+            self.norm = AddNorm(facts.hidden_size, facts.norm_eps, build)
+            self.head = self.embed if self._tied else Head(facts.vocab_size, facts.hidden_size, build)
         self._weights = self._bind()
 
-    def __call__(self, batch: Batch) -> Tensor:
-        """Hidden states [T, hidden] after the last norm; writes the KV of the batch's tokens."""
+    def __call__(self, batch: Batch, stream: Tensor | None = None) -> Tensor:
+        """Hidden states [T, hidden] after the last norm; writes the KV of the batch's tokens.
+
+        A stage takes up the `stream` of the stage before and, unless it is the last, returns its own.
+        """
         rotation = self.rope(batch.positions)
-        x, stream = self.embed(batch.tokens), None
-        for block in self.blocks:
-            x, stream = block(x, stream, batch, rotation)
-        assert stream is not None
-        return self.norm.add(x, stream)[0]
+        if stream is None:
+            assert self.embed is not None
+            stream = self.embed(batch.tokens)
+        x, residual = stream, None
+        for block in self.blocks.values():
+            x, residual = block(x, residual, batch, rotation)
+        assert residual is not None
+        return self.join(x, residual) if self.norm is None else self.norm.add(x, residual)[0]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [S, hidden] -> [S, vocab], in the model's dtype."""
-        return self.embed.project(hidden) if self.head is None else self.head(hidden)
+        assert self.head is not None
+        return self.head.project(hidden)
 
-    def load_weight(self, name: str, tensor: Tensor | Blocks) -> None:
-        """Copies a checkpoint's tensor, of any float dtype or in a format that the scheme keeps, to its place.
+    def load_weight(self, name: str, tensor: Stored) -> None:
+        """Copies this rank's share of a checkpoint's tensor, in any format that the scheme takes, to its place.
 
-        UnsupportedModel if it has none.
+        Those of other stages are passed over. UnsupportedModel for a tensor that has no place anywhere.
         """
-        if name.endswith(".rotary_emb.inv_freq") or (self.head is None and name == "lm_head.weight"):
+        if name.endswith(".rotary_emb.inv_freq") or (self._tied and name == "lm_head.weight"):
             return  # computed from the config; the tied head is the embedding
         self._weights.load(name, tensor)
+
+    def slots(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Name and whole shape of every tensor that `load_weight` needs."""
+        return self._weights.slots()
 
     def finish_loading(self) -> None:
         """UnsupportedModel if a weight has not come; otherwise readies the weights for their kernels."""
@@ -97,11 +117,18 @@ class Llama:
 
     def _bind(self) -> WeightMap:
         weights = WeightMap()
-        weights.bind("", self, self.names)
-        for i, block in enumerate(self.blocks):
-            weights.bind(f"model.layers.{i}.", block, self.block_names, f"blocks.{i}.")
-        if self.head is not None:
-            weights.bind("", self, self.head_names)
+        tables = dict(self.names) if self._tied else {**self.names, **self.head_names}
+        for name, (path, part) in tables.items():
+            if getattr(self, path) is None:
+                weights.leave_out(f"{name}.")
+            else:
+                weights.bind("", self, {name: (path, part)})
+        for layer in range(self._num_layers):
+            prefix = f"model.layers.{layer}."
+            if layer in self.blocks:
+                weights.bind(prefix, self.blocks[layer], self.block_names, f"blocks.{layer}.")
+            else:
+                weights.leave_out(prefix)
         return weights
 
     def _check(self, facts: ModelFacts) -> None:

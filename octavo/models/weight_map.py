@@ -8,19 +8,19 @@ from operator import attrgetter
 from torch import Tensor
 
 from octavo.core.errors import UnsupportedModel
-from octavo.layers import Layer
-from octavo.layers.build import Load
-from octavo.quant import Blocks
+from octavo.layers import Layer, Slot
+from octavo.quant import Stored
 
 Names = Mapping[str, tuple[str, str]]
 """Module name in the checkpoint -> (attribute path of the layer, part of it)."""
 
 
 class WeightMap:
-    """Names of a checkpoint -> loads; remembers which have not come yet."""
+    """Names of a checkpoint -> slots; remembers which have not come yet."""
 
     def __init__(self) -> None:
-        self._loads: dict[str, Load] = {}
+        self._slots: dict[str, Slot] = {}
+        self._elsewhere: tuple[str, ...] = ()
         self._layers: dict[str, Layer] = {}
         self._missing: set[str] = set()
 
@@ -29,17 +29,27 @@ class WeightMap:
         for name, (path, part) in names.items():
             layer: Layer = attrgetter(path)(root)
             self._layers[path_prefix + path] = layer
-            for (of, key), load in layer.slots().items():
+            for (of, key), slot in layer.slots().items():
                 if of == part:
-                    self._loads[f"{prefix}{name}.{key}"] = load
-        self._missing = set(self._loads)
+                    self._slots[f"{prefix}{name}.{key}"] = slot
+        self._missing = set(self._slots)
 
-    def load(self, name: str, tensor: Tensor | Blocks) -> None:
-        load = self._loads.get(name)
-        if load is None:
+    def leave_out(self, prefix: str) -> None:
+        """Names that begin with `prefix` belong to another stage, unless they are bound here."""
+        self._elsewhere += (prefix,)
+
+    def slots(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Name and shape of every tensor that is needed."""
+        return ((name, slot.shape) for name, slot in self._slots.items())
+
+    def load(self, name: str, tensor: Stored) -> None:
+        slot = self._slots.get(name)
+        if slot is None:
+            if name.startswith(self._elsewhere):
+                return
             raise UnsupportedModel(f"the model has no place for weight {name!r}; is config.json of another model?")
         try:
-            load(tensor)
+            slot(tensor)
         except UnsupportedModel as error:
             raise UnsupportedModel(f"{name}: {error}") from None
         self._missing.discard(name)

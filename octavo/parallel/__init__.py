@@ -1,11 +1,28 @@
-"""How ranks share a model: communicators, and layouts that say which part of a matrix a rank holds.
+"""How ranks share a model: communicators, layouts, frames from process to process.
 
-Does not own number formats (`quant`) or the layers that use both (`layers`).
+Start with `layout` (which part of a matrix a rank holds), then `comm`. Does not own number formats (`quant`), the
+layers that use both (`layers`) or which sizes work (`config.parallel`).
 """
 
 from __future__ import annotations
 
-from octavo.parallel.comm import Comm, Single
-from octavo.parallel.layout import Column, Heads, Layout, Replicated, Row, Slice
+from octavo.parallel.comm import ALONE, Comm, Links, Pipe, Single, connect, join_store, open_store
+from octavo.parallel.layout import Column, Heads, Layout, Replicated, Row, Slice, Vocabulary
 
-__all__ = ["Column", "Comm", "Heads", "Layout", "Replicated", "Row", "Single", "Slice"]
+__all__ = [
+    "ALONE",
+    "Column",
+    "Comm",
+    "Heads",
+    "Layout",
+    "Links",
+    "Pipe",
+    "Replicated",
+    "Row",
+    "Single",
+    "Slice",
+    "Vocabulary",
+    "connect",
+    "join_store",
+    "open_store",
+]

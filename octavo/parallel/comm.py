@@ -1,14 +1,30 @@
-"""Communicators between the ranks of a tensor-parallel group."""
+"""Communicators between the ranks of one engine: sums and joins within a layer, hidden states from stage to stage.
+
+`connect` builds a rank's links over torch.distributed's process groups, without its global state, so that engines (or
+ranks as threads of one process) do not meet. gloo serves CPUs over the loopback device, NCCL serves GPUs; nothing else
+differs. Does not own processes (`engine`) or what is sent when (`worker`).
+"""
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections import deque
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Protocol
 
+import torch
+import torch.distributed as dist
 from torch import Tensor
+
+from octavo.config.parallel import Place
+
+HOST = "127.0.0.1"
+FOREVER = timedelta(days=1)
+"""Ranks wait for each other as long as it takes: one that dies is noticed by its connection, or by its process."""
 
 
 class Comm(Protocol):
-    """One rank's view of its group."""
+    """One rank's view of the ranks that share its layers."""
 
     @property
     def rank(self) -> int: ...
@@ -16,7 +32,7 @@ class Comm(Protocol):
     def size(self) -> int: ...
 
     def all_reduce(self, x: Tensor) -> Tensor:
-        """The sum over ranks; x may be overwritten."""
+        """The sum over ranks, the same bits on each; x may be overwritten."""
 
     def all_gather(self, x: Tensor) -> Tensor:
         """The ranks' tensors joined along the last dimension, in rank order."""
@@ -33,3 +49,139 @@ class Single:
 
     def all_gather(self, x: Tensor) -> Tensor:
         return x
+
+
+class GlooComm:
+    """Ranks on CPUs. A sum adds in rank order, whatever the batch, and rounds half types once."""
+
+    def __init__(self, group: Any) -> None:
+        self._group = group
+        self.rank, self.size = group.rank(), group.size()
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        first, *others = self._collect(x)
+        total = first.float() if first.dtype in (torch.bfloat16, torch.float16) else first
+        for other in others:
+            total += other
+        return total.to(x.dtype)
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        return torch.cat(self._collect(x), -1)
+
+    def _collect(self, x: Tensor) -> list[Tensor]:
+        x = x.contiguous()
+        found = [torch.empty_like(x) for _ in range(self.size)]
+        self._group.allgather([found], [x]).wait()
+        return found
+
+
+class NcclComm:
+    """Ranks on GPUs. Nothing waits on the host, so steps can be captured as CUDA graphs."""
+
+    def __init__(self, group: Any) -> None:
+        self._group = group
+        self.rank, self.size = group.rank(), group.size()
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        x = x.contiguous()
+        self._group.allreduce([x]).wait()
+        return x
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        found = x.new_empty(self.size, *x.shape)
+        self._group._allgather_base(found, x.contiguous()).wait()
+        return found.movedim(0, -2).flatten(-2)
+
+
+class Pipe:
+    """A rank's line through the stages: hidden states go down it, sampled tokens come back to its beginning.
+
+    They use groups of their own: one waits for the other's steps, and a group works in order. Sends do not wait for
+    the receiver: no more plans than stages are on their way.
+    """
+
+    def __init__(self, stream: Any, tokens: Any, place: Place) -> None:
+        self._stream, self._tokens, self.place = stream, tokens, place
+        self._sent: deque[tuple[Any, Tensor]] = deque()
+
+    def receive(self, into: Tensor) -> Tensor:
+        """The stream of the stage before."""
+        self._stream.recv([into], self.place.stage - 1, 0).wait()
+        return into
+
+    def send(self, stream: Tensor) -> None:
+        """To the stage behind."""
+        self._keep(self._stream.send([stream], self.place.stage + 1, 0), stream)
+
+    def send_tokens(self, tokens: Tensor) -> None:
+        """From the last stage to the first."""
+        self._keep(self._tokens.send([tokens], 0, 1), tokens)
+
+    def receive_tokens(self, into: Tensor) -> Any:
+        """Begins to receive what the last stage samples; `wait` of the result waits for it."""
+        return self._tokens.recv([into], self.place.stages - 1, 1)
+
+    def _keep(self, work: Any, tensor: Tensor) -> None:
+        """Holds the tensor while it is on its way; what so many plans ago was sent has arrived."""
+        self._sent.append((work, tensor))
+        if len(self._sent) > self.place.stages + 1:
+            self._sent.popleft()[0].wait()
+
+
+@dataclass(frozen=True)
+class Links:
+    """One rank's connections."""
+
+    place: Place
+    comm: Comm
+    pipe: Pipe | None
+    """None: one stage."""
+    groups: tuple[Any, ...] = ()
+
+    def abort(self) -> None:
+        """Frees a device that waits for ranks which are no more. From any thread; nothing works afterwards."""
+        for group in self.groups:
+            group.abort()
+
+
+ALONE = Links(Place(0, 1, 0, 1), Single(), None)
+
+
+def open_store() -> Any:
+    """Where ranks find each other: rank 0 opens it on a free loopback `port`, which its process takes along."""
+    return dist.TCPStore(HOST, 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
+
+
+def join_store(port: int) -> Any:
+    return dist.TCPStore(HOST, port, is_master=False)  # type: ignore[attr-defined]
+
+
+def connect(place: Place, store: Any, device: torch.device) -> Links:
+    """Links of the rank at `place` with all others, which must connect as well, over a store that all of them see."""
+
+    groups: list[Any] = []
+
+    def group(name: str, rank: int, size: int) -> Any:
+        groups.append(_group(dist.PrefixStore(name, store), rank, size, device))  # type: ignore[attr-defined]
+        return groups[-1]
+
+    comm: Comm = Single()
+    if place.shards > 1:
+        shards = group(f"stage {place.stage}", place.shard, place.shards)
+        comm = NcclComm(shards) if device.type == "cuda" else GlooComm(shards)
+    pipe = None
+    if place.stages > 1:
+        stream, tokens = (group(f"{what} {place.shard}", place.stage, place.stages) for what in ("stream", "tokens"))
+        pipe = Pipe(stream, tokens, place)
+    return Links(place, comm, pipe, tuple(groups))
+
+
+def _group(store: Any, rank: int, size: int, device: torch.device) -> Any:
+    if device.type == "cuda":
+        nccl = dist.ProcessGroupNCCL.Options()
+        nccl._timeout = FOREVER
+        return dist.ProcessGroupNCCL(store, rank, size, nccl)
+    gloo = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
+    gloo._devices = [dist.ProcessGroupGloo.create_device(hostname=HOST)]
+    gloo._timeout = FOREVER
+    return dist.ProcessGroupGloo(store, rank, size, gloo)

@@ -78,6 +78,19 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Vocabulary:
+    """Outputs are split into runs of equal length, of which the last ranks' may be cut short."""
+
+    parts: dict[str, int]
+    partial = False
+
+    def read(self, part: str, in_features: int, rank: int, size: int) -> Slice:
+        total = self.parts[part]
+        run = -(-total // size)
+        return Slice((min(rank * run, total), min((rank + 1) * run, total)), (0, in_features))
+
+
+@dataclass(frozen=True)
 class Replicated:
     """Every rank holds everything."""
 

@@ -12,6 +12,8 @@ Rules of running ahead that live here:
 - `schedule` needs counts only, never the tokens of the step in flight; a finished sequence's late tokens are dropped.
 - Prompt blocks are published when they are scheduled (all KV writes of a layer precede its attention, so even the same
   step may share them), generated ones at commit; `fail` unpublishes.
+- With several stages as many plans are in flight, of different rows each: a sequence with a token in flight waits, and
+  a plan takes its share of the running ones.
 - A preempted sequence with a token in flight is not readmitted before the token has arrived; one whose drafts are being
   verified is not scheduled before the result.
 
@@ -126,6 +128,10 @@ class Scheduler:
         self._count_step()
         return plan
 
+    def newest(self) -> list[Sequence]:
+        """The sequences that the step planned last samples, in the order of its rows."""
+        return self._inflight[-1].sampled
+
     def _close_decode(self, step: StepBuilder) -> list[Sequence]:
         """Schedules the sequences that are one token short; returns the other running ones.
 
@@ -133,15 +139,16 @@ class Scheduler:
         """
         longer: list[Sequence] = []
         decode, budget, number = step.decode, step.budget, step.number
-        may_wait = self._proposer is not None
+        may_wait = self._proposer is not None or self.config.stages > 1
+        most = min(budget, -(-len(self._running) // self.config.stages))
         for seq in self._running[:]:
             if not seq.last_in_row:
                 longer.append(seq)
                 continue
             if len(seq.tokens) + seq.inflight >= seq.limit or (may_wait and self._waits(seq)):
                 continue
-            if len(decode) == budget:
-                break
+            if len(decode) == most:
+                continue
             if seq.num_computed == seq.capacity and not self._make_room(step, seq, 1):
                 continue
             seq.num_computed += 1
@@ -162,11 +169,11 @@ class Scheduler:
                 self._place(step, seq, count)
 
     def _waits(self, seq: Sequence) -> bool:
-        """Its drafts are being verified, or the proposer needs the token in flight."""
-        return bool(seq.draft) or (seq.inflight > 0 and self._may_draft(seq))
+        """Its drafts are being verified, or the token in flight is needed: by the proposer, or by the first stage."""
+        return bool(seq.draft) or (seq.inflight > 0 and (self.config.stages > 1 or self._may_draft(seq)))
 
     def _may_draft(self, seq: Sequence) -> bool:
-        return self._max_draft > 0 and not seq.params.uses_history
+        return self._max_draft > 0 and not seq.params.uses_history and not seq.request.grammar
 
     def _make_room(self, step: StepBuilder, seq: Sequence, count: int) -> bool:
         """Grows the block tables by `count` tokens; False when the pool is dry and `seq` waits or was preempted."""
@@ -328,7 +335,7 @@ class Scheduler:
         stop: int | None = None
         for token in sampled:
             seq.tokens.append(token)
-            if token in seq.stop_ids and seq.num_generated > seq.params.min_tokens:
+            if token in seq.stop_ids:
                 reason, stop = "stop", self._stop_reason(seq, token)
             elif len(seq.tokens) >= seq.limit:
                 reason = "length"
@@ -382,10 +389,14 @@ class Scheduler:
                 seq.inflight = 0
                 if not seq.finished:
                     self.cache.unpublish(seq)
-                    self._end(seq, "error")
-                    deltas.append(Delta(seq.request.id, seq.index, [], "error", error=error))
+                    deltas.append(self.refuse(seq, error))
         self._inflight.clear()
         return deltas
+
+    def refuse(self, seq: Sequence, error: str) -> Delta:
+        """Ends one sequence with an error of its own; a token of it in flight is dropped."""
+        self._end(seq, "error")
+        return Delta(seq.request.id, seq.index, [], "error", error=error)
 
     # Accounts
 

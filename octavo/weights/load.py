@@ -1,8 +1,9 @@
 """Streams the weights of a checkpoint into a model, one tensor at a time.
 
 Whatever the file, the model sees Hugging Face names and layouts: GGUF names are translated, its quantized tensors
-become floats, and the rows that llama.cpp reorders for rope go back to their places. Memory beyond the model's own
-stays near one tensor. Does not know where a tensor goes: that is the model's `load_weight`.
+become floats, and the rows that llama.cpp reorders for rope go back to their places. Matrices are read from the file
+when the model cuts its share out of them. Memory beyond the model's own stays near one tensor. Does not know where a
+tensor goes: that is the model's `load_weight`.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Literal, Protocol
 from zlib import crc32
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,10 +24,10 @@ from octavo.core.errors import ConfigError, UnsupportedModel
 from octavo.core.facts import ModelFacts
 from octavo.formats.gguf import GGUFFile
 from octavo.formats.safetensors import SafetensorsIndex
-from octavo.quant import Blocks
+from octavo.quant import Stored
 from octavo.quant.gguf_blocks import PACKED
 from octavo.weights.gguf_names import hf_name
-from octavo.weights.gguf_types import dequantize
+from octavo.weights.gguf_types import FileMatrix, check_type, dequantize
 
 logger = logging.getLogger("octavo")
 
@@ -41,7 +43,8 @@ _FLOATS = ("F64", "F32", "F16", "BF16")
 class Model(Protocol):
     """What loading needs of a model."""
 
-    def load_weight(self, name: str, tensor: Tensor | Blocks) -> None: ...
+    def slots(self) -> Iterator[tuple[str, tuple[int, ...]]]: ...
+    def load_weight(self, name: str, tensor: Stored) -> None: ...
     def finish_loading(self) -> None: ...
     def tensors(self) -> Iterator[tuple[str, Tensor]]: ...
 
@@ -61,16 +64,7 @@ def load_weights(
     as floats. Raises ConfigError when the files are not of `load_format` or not there, and
     UnsupportedModel for number formats or names that the model does not know.
     """
-    if load_format == "dummy":
-        _fill_dummy(model, seed, progress)
-        return
-    if facts.files == "none":
-        raise ConfigError(
-            f"{facts.path} holds no *.safetensors: download the weights, or use load_format dummy for random ones"
-        )
-    if load_format not in ("auto", facts.files):
-        raise ConfigError(f"load_format is {load_format}, but {facts.path} holds {facts.files}: use auto")
-    stream = _gguf(facts, keep) if facts.files == "gguf" else _safetensors(facts)
+    stream = _dummy(model, seed) if load_format == "dummy" else _files(facts, load_format, keep)
     for done, total, name, tensor in stream:
         model.load_weight(name, tensor)
         if progress is not None:
@@ -78,8 +72,18 @@ def load_weights(
     model.finish_loading()
 
 
-Weights = Iterator[tuple[int, int, str, Tensor | Blocks]]
-"""(number of this tensor, from 1, number of all, name, the tensor on the CPU)."""
+Weights = Iterator[tuple[int, int, str, Stored]]
+"""(number of this tensor, from 1, number of all, name, the tensor)."""
+
+
+def _files(facts: ModelFacts, load_format: LoadFormat, keep: frozenset[str]) -> Weights:
+    if facts.files == "none":
+        raise ConfigError(
+            f"{facts.path} holds no *.safetensors: download the weights, or use load_format dummy for random ones"
+        )
+    if load_format not in ("auto", facts.files):
+        raise ConfigError(f"load_format is {load_format}, but {facts.path} holds {facts.files}: use auto")
+    return _gguf(facts, keep) if facts.files == "gguf" else _safetensors(facts)
 
 
 def _safetensors(facts: ModelFacts) -> Weights:
@@ -115,16 +119,18 @@ def _gguf(facts: ModelFacts, keep: frozenset[str]) -> Weights:
             if keep and not kept and entry.type in PACKED:
                 expanded.add(entry.type)
             try:
-                if kept:
-                    tensor = torch.frombuffer(bytearray(gguf.data(entry)), dtype=torch.uint8).view(entry.shape[0], -1)
-                else:
-                    tensor = dequantize(gguf.data(entry), entry.type, entry.shape, pool)
+                check_type(entry.type)
             except UnsupportedModel as error:
                 raise UnsupportedModel(f"{gguf.path}: tensor {entry.name}: {error}") from None
             module = name.split(".")[-2]
-            if reordered and module in heads:
-                tensor = restore_rope_order(tensor, heads[module])
-            yield done, len(tensors), name, Blocks(entry.type, tensor) if kept else tensor
+            count = heads[module] if reordered and module in heads else 0
+            if len(entry.shape) == 2:
+                rows = np.frombuffer(gguf.data(entry), np.uint8).reshape(entry.shape[0], -1)
+                order = restore_rope_order(torch.arange(len(rows)), count).numpy() if count else None
+                yield done, len(tensors), name, FileMatrix(rows, entry.type, kept, order, pool)
+            else:
+                vector = dequantize(gguf.data(entry), entry.type, entry.shape, pool)
+                yield done, len(tensors), name, restore_rope_order(vector, count) if count else vector
     if expanded:
         logger.warning("no kernel multiplies %s: such weights are expanded to floats", ", ".join(sorted(expanded)))
 
@@ -141,11 +147,11 @@ def restore_rope_order(tensor: Tensor, heads: int) -> Tensor:
     return tensor.view(heads, -1, 2, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)
 
 
-def _fill_dummy(model: Model, seed: int, progress: Progress | None) -> None:
-    """Uniform in +-1e-3, each tensor from the seed and its name: the same whatever the order."""
-    tensors = list(model.tensors())
-    for done, (name, tensor) in enumerate(tensors, 1):
-        generator = torch.Generator(tensor.device).manual_seed(crc32(f"{seed} {name}".encode()))
-        tensor.uniform_(-DUMMY_BOUND, DUMMY_BOUND, generator=generator)
-        if progress is not None:
-            progress("tensors", done, len(tensors))
+def _dummy(model: Model, seed: int) -> Weights:
+    """Uniform in +-1e-3, each tensor from the seed and its name: the same whatever the order and the ranks."""
+    like = next(model.tensors())[1]
+    slots = list(model.slots())
+    for done, (name, shape) in enumerate(slots, 1):
+        generator = torch.Generator(like.device).manual_seed(crc32(f"{seed} {name}".encode()))
+        tensor = torch.empty(shape, dtype=like.dtype, device=like.device)
+        yield done, len(slots), name, tensor.uniform_(-DUMMY_BOUND, DUMMY_BOUND, generator=generator)

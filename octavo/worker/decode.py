@@ -1,15 +1,16 @@
-"""Steps of one token a row over fixed buffers, captured as CUDA graphs.
+"""Steps of one token a row over fixed buffers, recorded: as CUDA graphs, or as tapes on a CPU.
 
-A replay copies nothing: the graph begins with `prepare_decode`, which reads the rows' state and fills the buffers that
+A replay copies nothing: the record begins with `prepare_decode`, which reads the rows' state and fills the buffers that
 the layers read. What varies between replays (rows, lengths, block tables) lies in device memory. The number of rows is
-rounded up to a size, and a graph is kept for each; rows beyond the step's are the padding row. The bound of lengths
-that shapes the launch is the longest that a sequence may get: kernels take the true lengths from the device, and
-tighter bounds measured no faster. A size's first steps run eagerly; capturing waits until it proves common, so it
-delays no first token. Owns the buffers and graphs, not the row state or the KV cache.
+rounded up to a size, and a record is kept for each; rows beyond the step's are the padding row. The bound of lengths
+that shapes a GPU's launch is the longest that a sequence may get: kernels take the true lengths from the device, and
+tighter bounds measured no faster. Where recording takes long, a size's first steps run eagerly: it waits until the size
+proves common, so it delays no first token. Owns the buffers and records, not the row state or the KV cache.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -23,11 +24,13 @@ from octavo.config.kv import KVGroup
 from octavo.core.plan import Int32s
 from octavo.kernels import Kernels
 from octavo.sampling import Sampler
+from octavo.worker.recorder import Recorder, Unrecordable, size_class
 from octavo.worker.rows import RowState
 from octavo.worker.staging import Uploader
 
-EAGER_STEPS = 2
-"""Steps of a size that run before it is captured; they also compile its kernels."""
+logger = logging.getLogger("octavo")
+
+Replay = tuple[Callable[[], None], Tensor]
 
 
 class ForwardModel(Protocol):
@@ -47,16 +50,11 @@ class Decoded:
     rows: Tensor
 
 
-def size_class(rows: int) -> int:
-    """Rows that a step is padded to: 1, 2, 4, 8, then steps that grow with the size."""
-    if rows <= 8:
-        return 1 << (rows - 1).bit_length()
-    step = 16 if rows <= 128 else 32 if rows <= 512 else 64
-    return -(-rows // step) * step
-
-
 class DecodeSteps:
-    """Runs steps of up to `max_rows` rows. `graphs` False runs them all eagerly, over the same buffers."""
+    """Runs steps of up to all rows of `state`, recorded by the recorders, of which draws have one of their own.
+
+    Without recorders every step runs eagerly, over the same buffers.
+    """
 
     def __init__(
         self,
@@ -71,7 +69,7 @@ class DecodeSteps:
         sampler: Sampler,
         *,
         max_length: int,
-        graphs: bool = True,
+        recorders: tuple[Recorder, Recorder] | None,
     ) -> None:
         self._model, self._attention, self._kernels = model, attention, kernels
         self._groups, self._block_size, self._state, self._kv = groups, block_size, state, kv
@@ -88,26 +86,27 @@ class DecodeSteps:
         self._index = torch.arange(most + 1, dtype=torch.int64, device=device)
         self._starts = torch.arange(most + 1, dtype=torch.int32, device=device)
         self._current = np.zeros(0, np.int64)
-        self._use_graphs = graphs and device.type == "cuda"
+        self._recorders = recorders
         self._seen: dict[int, int] = {}
-        self._replays: dict[int, tuple[Callable[[], None], Tensor]] = {}
-        self._draws: dict[tuple[int, bool], tuple[Callable[[], None], Tensor]] = {}
-        self._pool = torch.cuda.graph_pool_handle() if self._use_graphs else None
+        self._steps: dict[int, Replay | None] = {}
+        self._draws: dict[tuple[int, bool], Replay | None] = {}
+        """None: what cannot be recorded."""
+        self._reasons: set[str] = set()
 
-    def run(self, rows: Int32s) -> Decoded:
-        """Computes the next token's logits of `rows` [B]."""
-        size = size_class(len(rows))
+    def run(self, rows: Int32s) -> Decoded | None:
+        """Computes the next token's logits of `rows` [B]. None, with nothing done, where that cannot be recorded."""
+        count, size = len(rows), self._size(len(rows))
         self._set_rows(rows, size)
-        if size not in self._replays:
-            seen = self._seen[size] = self._seen.get(size, 0) + 1
-            if self._use_graphs and seen > EAGER_STEPS:
-                self._replays[size] = self._capture(size)
-        if size in self._replays:
-            replay, logits = self._replays[size]
-            replay()
-        else:
+        if size not in self._steps and self._is_common(size):
+            self._record_step(size)
+        if size not in self._steps:
             logits = self._step(size)
-        count = len(rows)
+        else:
+            step = self._steps[size]
+            if step is None:
+                return None
+            replay, logits = step
+            replay()
         return Decoded(logits[:count], self._next[:count], self._rows[:count])
 
     def draw(self, rows: Int32s) -> Tensor | None:
@@ -115,16 +114,18 @@ class DecodeSteps:
 
         None when the step ran eagerly or a row asks for more than the plain draw. The next step overwrites the result.
         """
-        size = size_class(len(rows))
-        if size not in self._replays or not self._sampler.is_plain(rows):
+        size = self._size(len(rows))
+        step = self._steps.get(size)
+        if step is None or not self._sampler.is_plain(rows):
             return None
         self._sampler.refresh()
         key = (size, self._sampler.is_filtered(rows))
         if key not in self._draws:
-            logits = self._replays[size][1]
-            self._draw(logits, *key)  # compiles; the capture below only records
-            self._draws[key] = self._record(lambda: self._draw(logits, *key))
-        replay, tokens = self._draws[key]
+            self._record_draw(step[1], *key)
+        draw = self._draws[key]
+        if draw is None:
+            return None
+        replay, tokens = draw
         replay()
         return tokens[: len(rows)]
 
@@ -134,16 +135,46 @@ class DecodeSteps:
         return self._sampler.draw(logits, rows, positions, filtered=filtered, last_token=last_token)
 
     def warm_up(self) -> None:
-        """Compiles and captures every size, on padding rows alone."""
-        if not self._use_graphs:
+        """Compiles and records every size, on padding rows alone."""
+        if self._recorders is None:
             return
         nothing = np.zeros(0, np.int32)
-        for size in sorted({size_class(rows) for rows in range(1, self._padding + 1)}, reverse=True):
-            if size not in self._replays:
-                self._set_rows(nothing, size)
-                self._step(size)
-                self._replays[size] = self._capture(size)
+        for size in sorted({self._size(rows) for rows in range(1, self._padding + 1)}, reverse=True):
+            self._set_rows(nothing, size)
+            if size not in self._steps:
+                if self._recorders[0].eager_steps:
+                    self._step(size)
+                self._record_step(size)
             self.draw(np.full(size, self._padding, np.int32))
+
+    def _size(self, rows: int) -> int:
+        return size_class(rows) if self._recorders is None else self._recorders[0].size(rows)
+
+    def _is_common(self, size: int) -> bool:
+        """Whether it is time to record this size."""
+        if self._recorders is None:
+            return False
+        seen = self._seen[size] = self._seen.get(size, 0) + 1
+        return seen > self._recorders[0].eager_steps
+
+    def _record_step(self, size: int) -> None:
+        self._steps[size] = self._record(0, lambda: self._step(size))
+
+    def _record_draw(self, logits: Tensor, size: int, filtered: bool) -> None:
+        assert self._recorders is not None
+        if self._recorders[1].eager_steps:
+            self._draw(logits, size, filtered)  # compiles; recording computes nothing
+        self._draws[size, filtered] = self._record(1, lambda: self._draw(logits, size, filtered))
+
+    def _record(self, recorder: int, work: Callable[[], Tensor]) -> Replay | None:
+        assert self._recorders is not None
+        try:
+            return self._recorders[recorder].record(work)
+        except Unrecordable as error:
+            if str(error) not in self._reasons:
+                self._reasons.add(str(error))
+                logger.info("decode steps are not recorded, so Python slows each of them: %s", error)
+            return None
 
     def _set_rows(self, rows: Int32s, size: int) -> None:
         """Puts `rows` into the buffer, padded to `size`; nothing to do while they stay the same."""
@@ -164,10 +195,10 @@ class DecodeSteps:
             self._block_size,
             tokens=self._tokens[:size],
             positions=self._positions[:size],
+            next_positions=self._next[:size],
             seq_lens=self._seq_lens[:size],
             slots=slots,
         )
-        torch.add(self._positions[:size], 1, out=self._next[:size])
         batch = Batch(
             tokens=self._tokens[:size],
             positions=self._positions[:size],
@@ -188,19 +219,3 @@ class DecodeSteps:
         )
         meta = tuple(self._attention.plan(batch, group) for group in self._groups)
         return self._model.logits(self._model(batch.with_meta(meta)))
-
-    def _capture(self, size: int) -> tuple[Callable[[], None], Tensor]:
-        return self._record(lambda: self._step(size))
-
-    def _record(self, work: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-        """Captures `work`; what replays it, and the tensor that it returns."""
-        graph = torch.cuda.CUDAGraph()
-        current = torch.cuda.current_stream()
-        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        stream.wait_stream(current)
-        with torch.cuda.stream(stream):
-            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-            result = work()
-            graph.capture_end()
-        current.wait_stream(stream)
-        return graph.replay, result

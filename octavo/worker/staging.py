@@ -1,6 +1,7 @@
 """Host memory on its way to the device and back, without waiting.
 
-Owns pinned buffers and the events that say when they are free. On a CPU it is nothing but views.
+Owns pinned buffers and the events that say when they are free. On a CPU uploads are views, and downloads copies,
+since the next step overwrites what they are of.
 """
 
 from __future__ import annotations
@@ -108,7 +109,7 @@ class Downloader:
 
     def __call__(self, tensors: Sequence[Tensor]) -> Download:
         if self._device.type == "cpu":
-            return Download(list(tensors), None)
+            return Download([tensor.clone() for tensor in tensors], None)
         self._turn = turn = (self._turn + 1) % DEPTH
         sizes = [-(-tensor.nbytes // _ALIGN) * _ALIGN for tensor in tensors]
         if self._buffers[turn].numel() < sum(sizes):

@@ -18,16 +18,21 @@ from torch import Tensor
 from octavo.attention import Batch, KVCache, attn_specs, load_backend
 from octavo.config.engine import EngineConfig
 from octavo.config.kv import blocks_for
+from octavo.config.parallel import shard_of, stage_layers
 from octavo.core.plan import Int32s, Masks, Plan, StepResult
 from octavo.core.request import TokenLogprobs
 from octavo.kernels import load as load_kernels
+from octavo.kernels.cpu import threads
 from octavo.models import build_model
+from octavo.parallel import ALONE, Links
 from octavo.quant import scheme_for
 from octavo.sampling import Sampler, Samples, prompt_logprobs
 from octavo.weights import load_weights
-from octavo.worker.decode import DecodeSteps
+from octavo.worker.decode import DecodeSteps, ForwardModel
 from octavo.worker.layout import Layout, lay_out
+from octavo.worker.recorder import recorders_for
 from octavo.worker.rows import RowState
+from octavo.worker.stage import Stage
 from octavo.worker.staging import Download, Downloader, StepClock, Uploader
 
 Progress = Callable[[str, int, int], None]
@@ -81,14 +86,15 @@ class Step:
 
 
 class Worker:
-    """Executes plans in order on one device. Construction allocates nothing; `load` does.
+    """Executes plans in order on one device, with the ranks that `links` lead to. Construction allocates nothing.
 
-    Steps of one token a row run over fixed buffers on a GPU (`decode`); all others are laid out anew.
+    Steps of one token a row run over fixed buffers (`decode`), recorded unless `record` is off; all others are laid out
+    anew.
     """
 
-    def __init__(self, config: EngineConfig, *, graphs: bool = True) -> None:
-        self.config = config
-        self._graphs = graphs
+    def __init__(self, config: EngineConfig, links: Links = ALONE, *, record: bool = True) -> None:
+        self.config, self._links = config, links
+        self._record = record
 
     def load(self, progress: Progress | None = None) -> None:
         """Reads the weights and allocates KV cache and row state. Errors of the checkpoint are ConfigError."""
@@ -97,7 +103,11 @@ class Worker:
         self._device = torch.device("cuda", device.index) if device.kind == "cuda" else torch.device("cpu")
         self._kernels = load_kernels(device.kind)
         dtype: torch.dtype = getattr(torch, config.dtype)
-        specs = attn_specs(facts, cache.block_size)
+        comm, pipe, place = self._links.comm, self._links.pipe, self._links.place
+        if device.kind == "cpu":
+            threads.set_up(place.stage * place.shards + place.shard, place.stages * place.shards)
+        self._layers = stage_layers(facts, place.stages)[place.stage]
+        specs = attn_specs(shard_of(facts, comm.size), cache.block_size)
         scheme = scheme_for(
             config.quantization,
             files="none" if config.load_format == "dummy" else facts.files,
@@ -105,7 +115,7 @@ class Worker:
             dtype=dtype,
         )
         self._attention = load_backend(self._kernels, specs, self._device, dtype)
-        self._model = build_model(
+        model = build_model(
             facts,
             dtype=dtype,
             device=self._device,
@@ -114,9 +124,11 @@ class Worker:
             groups=cache.groups,
             block_size=cache.block_size,
             scheme=scheme,
+            comm=comm,
+            layers=self._layers,
         )
         load_weights(
-            self._model,
+            model,
             facts,
             load_format=config.load_format,
             seed=config.seed,
@@ -126,6 +138,8 @@ class Worker:
         max_blocks = blocks_for(scheduler.max_model_len, cache.block_size)
         self._upload, self._download = Uploader(self._device), Downloader(self._device)
         self._rows = RowState(scheduler.max_num_seqs, max_blocks, len(cache.groups), self._device)
+        self._stage = None if pipe is None else Stage(model, pipe, self._rows, facts.hidden_size, dtype)
+        self._model: ForwardModel = self._stage or model
         self._sampler = Sampler(
             facts.vocab_size, scheduler.max_num_seqs, facts.eos_token_ids, self._kernels, self._device
         )
@@ -134,7 +148,8 @@ class Worker:
         """Rows that want prompt log-probabilities: how many a position, and the prompt."""
         self._clock: StepClock | None = None
         self._decode: DecodeSteps | None = None
-        if self._device.type == "cuda":
+        recorders = recorders_for(self._device, dtype)
+        if recorders is not None and (self._links is ALONE or device.kind == "cuda"):  # no tape records what gloo does
             self._decode = DecodeSteps(
                 self._model,
                 self._attention,
@@ -146,7 +161,7 @@ class Worker:
                 self._upload,
                 self._sampler,
                 max_length=scheduler.max_model_len,
-                graphs=self._graphs,
+                recorders=recorders if self._record else None,
             )
 
     def warm_up(self) -> None:
@@ -156,17 +171,26 @@ class Worker:
                 self._decode.warm_up()
 
     def _allocate_kv(self, dtype: torch.dtype) -> tuple[KVCache, ...]:
-        """Per layer the cache tensor of its place in its group: layer j of every group shares tensor j."""
-        cache, facts = self.config.cache, self.config.model
+        """Per layer the cache tensor of its place in its group: layer j of every group shares tensor j.
+
+        A layer of another stage has none and gets any of them, so that plans of its group find a tensor to look at.
+        """
+        cache, facts = self.config.cache, shard_of(self.config.model, self._links.comm.size)
         shape = (cache.num_blocks, cache.block_size, facts.num_kv_heads, facts.head_dim)
-        tensors = [KVCache(*(_zeros(shape, dtype, self._device) for _ in range(2))) for _ in cache.groups[0].layers]
         place = {layer: j for group in cache.groups for j, layer in enumerate(group.layers)}
-        return tuple(tensors[place[layer]] for layer in range(facts.num_layers))
+        tensors = {
+            j: KVCache(*(_zeros(shape, dtype, self._device) for _ in range(2)))
+            for j in sorted({place[layer] for layer in self._layers})
+        }
+        any_tensor = next(iter(tensors.values()))
+        return tuple(tensors.get(place[layer], any_tensor) for layer in range(facts.num_layers))
 
     @torch.inference_mode()
     def forward(self, plan: Plan) -> Forward:
         """Applies the plan's changes and launches its forward pass."""
         self._clock = StepClock(self._device, self._clock)
+        if self._stage is not None:
+            self._stage.take_tokens(plan)
         for row in plan.retire:
             self._sampler.remove(row)
             self._prompts.pop(row, None)
@@ -178,9 +202,10 @@ class Worker:
                 self._prompts[admit.row] = (admit.params.prompt_logprobs, admit.history[: admit.prompt_len])
         self._rows.apply(plan, self._upload)
         if self._decode is not None and plan.num_decode == len(plan.rows):
-            self._rows.host_computed[plan.rows] += 1
             decoded = self._decode.run(plan.rows)
-            return Forward(plan, decoded.logits, decoded.positions, decoded.rows)
+            if decoded is not None:
+                self._rows.host_computed[plan.rows] += 1
+                return Forward(plan, decoded.logits, decoded.positions, decoded.rows)
         layout = lay_out(plan, self._rows.host_computed)
         self._rows.host_computed[plan.rows] += layout.counts
         batch, rows = self._batch(plan, layout)
@@ -226,26 +251,44 @@ class Worker:
         meta = tuple(self._attention.plan(batch, group) for group in self.config.cache.groups)
         return batch.with_meta(meta), rows
 
+    @property
+    def samples(self) -> bool:
+        """Whether this rank is of the stage that samples; the others call `expect` instead of `sample`."""
+        return self._stage is None or self._stage.last
+
+    @torch.inference_mode()
+    def expect(self, forward: Forward) -> None:
+        """The step is being sampled in the last stage."""
+        assert self._stage is not None
+        self._stage.expect_tokens(forward.plan)
+
     @torch.inference_mode()
     def sample(self, forward: Forward, masks: Masks | None = None) -> Step:
         """Samples the rows that reached their end, verifies drafts, and leaves the last tokens in the row state."""
-        assert masks is None, "masks are not applied yet"
         plan, layout = forward.plan, forward.layout
         rows = plan.rows[: plan.num_sampled]
         last_token = self._rows.last_token
         if layout is None or not plan.num_drafted:
-            drawn = self._decode.draw(rows) if layout is None and self._decode is not None else None
+            plain = layout is None and masks is None
+            drawn = self._decode.draw(rows) if plain and self._decode is not None else None
             samples = (
                 Samples(drawn)
                 if drawn is not None
                 else self._sampler(
-                    forward.logits, rows, forward.positions, index=forward.rows[: len(rows)], last_token=last_token
+                    forward.logits,
+                    rows,
+                    forward.positions,
+                    index=forward.rows[: len(rows)],
+                    last_token=last_token,
+                    masks=masks,
                 )
             )
             self._sampler.observe(rows, samples.tokens)
             return self._step(forward, samples, [samples.tokens[:, None]], list(range(len(rows))), None)
-        samples = self._sampler(forward.logits, np.repeat(rows, layout.repeats), forward.positions)
         first = np.cumsum(layout.repeats) - layout.repeats
+        if masks is not None:
+            masks = Masks(first[masks.lines], masks.bits)
+        samples = self._sampler(forward.logits, np.repeat(rows, layout.repeats), forward.positions, masks=masks)
         tokens, counts, last = self._verify(samples.tokens, first, plan, layout)
         last_token[forward.rows[: len(rows)]] = last
         self._sampler.observe(rows, last)
@@ -254,7 +297,9 @@ class Worker:
     def _step(
         self, forward: Forward, samples: Samples, tokens: list[Tensor], first: list[int], counts: Tensor | None
     ) -> Step:
-        """Starts the results on their way to the host."""
+        """Starts the results on their way to the host, and to the first stage."""
+        if self._stage is not None and len(first):
+            self._stage.return_tokens(self._rows.last_token[forward.rows[: len(first)]])
         download = self._download([*tokens, *samples.gathered, *([] if counts is None else [counts])])
         assert self._clock is not None
         self._clock.end()

@@ -26,8 +26,8 @@ REFUSALS: list[tuple[dict[str, Any], str]] = [
     ({"gpu_memory_utilization": 1.5}, "--gpu-memory-utilization is 1.5"),
     ({"load_format": "pt"}, "--load-format is 'pt': choose one of auto, safetensors, gguf, dummy"),
     ({"enable_prefix_caching": "yes"}, "--enable-prefix-caching is 'yes'"),
-    ({"tensor_parallel_size": 2}, "--tensor-parallel-size is 2: more than one is not built yet"),
-    ({"pipeline_parallel_size": 4}, "--pipeline-parallel-size is 4: more than one is not built yet"),
+    ({"tensor_parallel_size": 0}, "--tensor-parallel-size is 0: expected int >= 1"),
+    ({"pipeline_parallel_size": -1}, "--pipeline-parallel-size is -1: expected int >= 1"),
     ({"kv_cache_memory_bytes": 1, "num_gpu_blocks_override": 1}, "give one"),
 ]
 

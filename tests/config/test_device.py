@@ -83,6 +83,23 @@ def test_a_quota_of_less_than_a_core_is_one(root: Path) -> None:
     assert detect_cpu(root).cores == 1
 
 
+def test_processors_of_one_core_count_once(root: Path) -> None:
+    for cpu in range(64):
+        write(root / f"sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list", f"{cpu % 32},{cpu % 32 + 32}\n")
+    assert detect_cpu(root).cores == 32
+    assert device.physical_cpus(root) == list(range(32))
+
+
+def test_only_processors_of_the_affinity_count(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for cpu in range(8):
+        write(
+            root / f"sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list",
+            f"{cpu // 2 * 2}-{cpu // 2 * 2 + 1}\n",
+        )
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {1, 4, 5, 7}, raising=False)
+    assert device.physical_cpus(root) == [1, 4, 7]
+
+
 def test_without_proc_there_is_still_an_answer(tmp_path: Path) -> None:
     found = detect_cpu(tmp_path)
     assert found.name

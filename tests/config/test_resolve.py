@@ -10,6 +10,7 @@ import pytest
 from octavo.config.args import EngineArgs
 from octavo.config.engine import EngineConfig
 from octavo.config.kv import kv_groups, page_bytes, pages_for_sequence
+from octavo.config.parallel import shard_of, stage_layers
 from octavo.config.resolve import CPU_KV_CACHE, GIB, RESERVE, estimate_memory, resolve
 from octavo.core.errors import ConfigError
 from octavo.core.facts import DeviceFacts, ModelFacts, RopeFacts
@@ -294,3 +295,76 @@ def test_every_decision_has_a_value_and_a_reason() -> None:
 def test_resolving_twice_is_the_same_and_survives_the_wire() -> None:
     first, second = config(LARGE, GPU), config(LARGE, GPU)
     assert first == second == msgspec.msgpack.decode(msgspec.msgpack.encode(first), type=EngineConfig)
+
+
+SMOL = msgspec.structs.replace(  # SmolLM2 135M's shape
+    SMALL, vocab_size=49152, hidden_size=576, num_layers=30, num_heads=9, num_kv_heads=3, head_dim=64,
+    intermediate_size=1536, windows=(None,) * 30, tie_embeddings=True,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("model", "args", "message"),
+    [
+        (SMOL, {"tensor_parallel_size": 2}, "9 query heads do not divide by 2: this model works with 1, 3"),
+        (SMOL, {"tensor_parallel_size": 9}, "an MLP of 1536 does not divide by 9: this model works with 1, 3"),
+        (SMALL, {"tensor_parallel_size": 3}, "4 query heads do not divide by 3: this model works with 1, 2, 4"),
+        (LARGE, {"tensor_parallel_size": 64}, "this model works with 1, 2, 4, 8, 16, 32"),
+        (SMALL, {"tensor_parallel_size": 4, "quantization": "int8"}, "in blocks of 32 do not divide by 4"),
+        (
+            msgspec.structs.replace(SMALL, num_heads=12, num_kv_heads=8, intermediate_size=144),
+            {"tensor_parallel_size": 6},
+            "8 KV heads can neither be split nor be repeated over 6 ranks: this model works with 1, 2, 4",
+        ),
+        (SMALL, {"pipeline_parallel_size": 5}, "the model has 4 layers: take 4 or less"),
+    ],
+)
+def test_sizes_that_cannot_work_are_refused_with_those_that_do(
+    model: ModelFacts, args: dict[str, Any], message: str
+) -> None:
+    assert message in refusal(model, **args)
+
+
+def test_as_many_gpus_as_ranks() -> None:
+    two = msgspec.structs.replace(GPU, count=2)
+    assert config(LARGE, two, tensor_parallel_size=2).parallel.ranks == 2
+    assert "needs 4 GPUs, but 2 can be seen" in refusal(LARGE, two, tensor_parallel_size=2, pipeline_parallel_size=2)
+
+
+def test_ranks_leave_more_of_a_gpu_to_the_kv_cache() -> None:
+    four = msgspec.structs.replace(GPU, count=4)
+    tokens = {
+        sizes: config(LARGE, four, tensor_parallel_size=sizes[0], pipeline_parallel_size=sizes[1]).cache.kv_tokens
+        for sizes in ((1, 1), (2, 1), (4, 1), (1, 2), (2, 2))
+    }
+    assert tokens[2, 1] > 2.2 * tokens[1, 1]
+    assert tokens[4, 1] > 2 * tokens[2, 1]
+    assert tokens[1, 2] == pytest.approx(tokens[2, 1], rel=0.05)
+    assert tokens[2, 2] == pytest.approx(tokens[4, 1], rel=0.05)
+
+
+def test_ranks_of_a_cpu_share_its_memory_and_cores() -> None:
+    made = config(LARGE, CPU, tensor_parallel_size=4, dtype="bfloat16", max_model_len=4096)
+    assert made.device.cores == 2
+    assert made.device.free_memory == CPU.free_memory // 4
+    assert made.scheduler.stages == 1
+    assert config(SMALL, CPU, pipeline_parallel_size=2).scheduler.stages == 2
+
+
+def test_kv_heads_that_ranks_repeat_are_paid_for_by_each() -> None:
+    by_size = {n: page_bytes(shard_of(LARGE, n), kv_groups(LARGE), 16, "bfloat16") for n in (1, 8, 16, 32)}
+    assert by_size[1] == 8 * by_size[8]
+    assert by_size[8] == by_size[16] == by_size[32]
+
+
+@pytest.mark.parametrize("stages", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("model", [SMOL, LARGE], ids=["smol", "large"])
+def test_stages_hold_about_the_same(model: ModelFacts, stages: int) -> None:
+    layers = stage_layers(model, stages)
+    assert [layer for stage in layers for layer in stage] == list(range(model.num_layers))
+    assert all(layers)
+    one = (model.num_parameters - model.vocab_size * model.hidden_size * (2 - model.tie_embeddings)) / model.num_layers
+    loads = [len(stage) * one for stage in layers]
+    loads[0] += model.vocab_size * model.hidden_size
+    loads[-1] += model.vocab_size * model.hidden_size
+    assert max(loads) - min(loads) < 1.01 * one or len(layers[loads.index(max(loads))]) == 1

@@ -17,7 +17,7 @@ from torch import Tensor
 from octavo.core.errors import ConfigError, UnsupportedModel
 from octavo.core.facts import ModelFacts, RopeFacts
 from octavo.formats import GGUFFile, locate, read_facts
-from octavo.quant import Blocks
+from octavo.quant import Stored
 from octavo.weights import load_weights
 from octavo.weights.gguf_names import hf_name
 from octavo.weights.load import restore_rope_order
@@ -31,10 +31,14 @@ class Recorder:
         self.parameters = parameters
         self.finished = 0
 
-    def load_weight(self, name: str, tensor: Tensor | Blocks) -> None:
-        assert isinstance(tensor, Tensor)
+    def load_weight(self, name: str, tensor: Stored) -> None:
+        whole = tensor[(slice(None),) * len(tensor.shape)]
+        assert isinstance(whole, Tensor)
         assert name not in self.loaded
-        self.loaded[name] = tensor.clone()
+        self.loaded[name] = whole.clone()
+
+    def slots(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        return ((name, tuple(tensor.shape)) for name, tensor in self.parameters.items())
 
     def finish_loading(self) -> None:
         self.finished += 1
@@ -209,7 +213,7 @@ def test_the_embedded_model_equals_the_reference() -> None:
     shapes: dict[str, tuple[int, ...]] = {}
 
     class KeepsOneBlock(Recorder):
-        def load_weight(self, name: str, tensor: Tensor | Blocks) -> None:
+        def load_weight(self, name: str, tensor: Stored) -> None:
             shapes[name] = tuple(tensor.shape)
             if name.startswith("model.layers.29."):
                 super().load_weight(name, tensor)
@@ -232,7 +236,7 @@ def test_memory_stays_near_one_tensor(tmp_path: Path) -> None:
     path = write_gguf(tmp_path / "m.gguf", "llama", {f"blk.{i}.ffn_up.weight": raw for i in range(6)})
 
     class Forgetful(Recorder):
-        def load_weight(self, name: str, tensor: Tensor | Blocks) -> None:
+        def load_weight(self, name: str, tensor: Stored) -> None:
             assert tensor.shape == (512, 1024)
 
     tracemalloc.start()
@@ -246,7 +250,7 @@ def test_memory_stays_near_one_tensor(tmp_path: Path) -> None:
 def dummy(seed: int, *names: str, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
     model = Recorder(**{name: torch.empty(300, 50, dtype=dtype) for name in names})
     load(model, facts(Path("nowhere"), "none"), "dummy", seed)
-    return model.parameters
+    return model.loaded
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
