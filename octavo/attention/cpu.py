@@ -1,12 +1,12 @@
 """Attention on CPUs: one C call a layer for the whole batch, straight over the paged cache.
 
-`plan` fills the record that the call reads; layers only add addresses. Caches of other types than float32 and bfloat16
-and heads of more than 256 dimensions go to the reference.
+`plan` fills the record that the call reads; layers only add addresses. Lengths and tables stay in memory, where the
+kernel finds them when it runs. Caches of other types than float32 and bfloat16 and heads of more than 256 dimensions go
+to the reference.
 """
 
 from __future__ import annotations
 
-import ctypes
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -16,7 +16,7 @@ from octavo.attention.backend import AttnSpec, HeadNorms, Rotation
 from octavo.attention.batch import Batch, KVCache
 from octavo.config.kv import KVGroup
 from octavo.kernels import Kernels
-from octavo.kernels.cpu.native import HALF, Step, dense, functions
+from octavo.kernels.cpu.native import HALF, Attention, Step, dense, functions, run
 
 MAX_DIM = 256
 
@@ -25,7 +25,8 @@ MAX_DIM = 256
 class Meta:
     slots: Tensor
     step: Step
-    address: int
+    pairs: int
+    """Of queries and keys, at most."""
     held: tuple[Tensor, ...]
     """The memory that `step` points into."""
 
@@ -63,11 +64,10 @@ class CpuAttention:
             kv_heads=spec.num_kv_heads,
             dim=spec.head_dim,
             window=group.window or 0,
-            half_q=False,
             half_kv=HALF[cache.k.dtype],
         )
         held = (blocks, q_start, seq_lens) if lines is None else (blocks, q_start, seq_lens, lines)
-        return Meta(batch.slots[group.index], step, ctypes.addressof(step), held)
+        return Meta(batch.slots[group.index], step, int(batch.q_lens @ batch.kv_lens), held)
 
     def write(
         self,
@@ -87,16 +87,16 @@ class CpuAttention:
             return self.run(q.float(), cache, meta, spec).to(q.dtype)
         if q.stride(2) != 1 or q.stride(1) != spec.head_dim:
             q = q.contiguous()
-        meta.step.half_q = HALF[q.dtype]
         out = q.new_empty((q.shape[0], spec.num_heads * spec.head_dim))
-        if functions().attention(
-            meta.address,
+        call = Attention(
+            meta.step,
             q.data_ptr(),
-            q.stride(0),
             cache.k.data_ptr(),
             cache.v.data_ptr(),
-            spec.scale,
             out.data_ptr(),
-        ):
-            raise MemoryError("no memory for attention")
+            q.stride(0),
+            spec.scale,
+            HALF[q.dtype],
+        )
+        run(functions().attention, call, meta.pairs * spec.num_heads * spec.head_dim)
         return out

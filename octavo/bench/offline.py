@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 import msgspec
 
 from octavo.bench.report import Result, emit, machine, percentiles, table
-from octavo.bench.roofline import Limits, known_limits, measure_limits, roofline_seconds
+from octavo.bench.roofline import Limits, known_limits, measure_limits, work_of
 from octavo.bench.workloads import Workload, named, uniform
 from octavo.config.args import EngineArgs
 from octavo.config.engine import EngineConfig
@@ -30,6 +31,10 @@ THROUGHPUT_COLUMNS = {
     "output_tokens_per_s": "out tok/s",
     "total_tokens_per_s": "total tok/s",
     "roofline_percent_measured": "roofline %",
+    "bandwidth_percent": "bandwidth %",
+    "measured_gb_per_s": "of GB/s",
+    "matmul_percent": "matmul %",
+    "measured_tflops": "of TFLOP/s",
     "kv_use_percent": "KV use %",
     "preemptions": "preempted",
     "steps": "steps",
@@ -52,7 +57,9 @@ def throughput(namespace: argparse.Namespace) -> int:
             check_fits(workload, llm.config.scheduler.max_model_len)
         llm.warm_up()
         _generate(llm, _warmup(llm.config), args.seed, namespace.temperature)
-        limits = measure_limits(llm.config.device.kind, llm.config.dtype)
+        device = llm.config.device
+        multiplies = llm.config.dtype if device.kind == "cuda" or device.native_bfloat16 else "float32"
+        limits = measure_limits(device.kind, multiplies)
         results = [
             measure(llm, workload, args.seed, namespace.temperature, limits, sequential=sequential)
             for workload, sequential in runs
@@ -138,20 +145,32 @@ def measure(
 
 
 def _roofline(config: EngineConfig, workloads: Sequence[Workload], seconds: float, measured: Limits) -> Result:
-    """Percent of the roofline's speed with known and with measured limits, for workloads one after another."""
+    """Percent of the roofline's speed with known and with measured limits, for workloads one after another.
+
+    Beside it how much of the measured bandwidth, and of the measured rate of products, the least work amounts to.
+    """
+    works = [work_of(config.model, config.dtype, workload, _weight_bytes(config)) for workload in workloads]
 
     def percent(limits: Limits | None) -> float | None:
-        if limits is None:
-            return None
-        least = sum(roofline_seconds(config.model, config.dtype, workload, limits) for workload in workloads)
-        return round(100 * least / seconds, 2)
+        return None if limits is None else round(100 * sum(work.seconds(limits) for work in works) / seconds, 2)
 
     return {
         "roofline_percent": percent(known_limits(config.device.name, config.dtype)),
         "roofline_percent_measured": percent(measured),
-        "measured_tflops": round(measured.flops / 1e12, 3),
+        "bandwidth_percent": round(100 * sum(work.read for work in works) / measured.bandwidth / seconds, 2),
         "measured_gb_per_s": round(measured.bandwidth / 1e9, 2),
+        "matmul_percent": round(100 * sum(work.operations for work in works) / measured.flops / seconds, 2),
+        "measured_tflops": round(measured.flops / 1e12, 3),
     }
+
+
+def _weight_bytes(config: EngineConfig) -> float | None:
+    """Of an element of a quantized matrix, as its file has it or as int8 with its scales; None: those of the dtype."""
+    if config.quantization == "int8":
+        return 8.5 / 8
+    if config.quantization == "native":
+        return Path(config.model.path).stat().st_size / config.model.num_parameters
+    return None
 
 
 def kv_use_percent(before: Stats, after: Stats) -> float | None:

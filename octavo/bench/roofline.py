@@ -47,8 +47,35 @@ def known_limits(device: str, dtype: str) -> Limits | None:
     return next((limits for name, limits in KNOWN.items() if name in device), None)
 
 
-def roofline_seconds(facts: ModelFacts, dtype: str, workload: Workload, limits: Limits) -> float:
-    """Least seconds for all requests of `workload` at once, weights and KV in `dtype`."""
+@dataclass(frozen=True)
+class Work:
+    """The least that a workload takes."""
+
+    prefill: float
+    """Operations of all prompts."""
+    steps: Floats
+    """Operations of each decode step."""
+    weights: float
+    """Bytes that each decode step reads of the weights."""
+    kv: float
+    """Bytes of keys and values that all decode steps read."""
+
+    @property
+    def operations(self) -> float:
+        return self.prefill + float(self.steps.sum())
+
+    @property
+    def read(self) -> float:
+        """Bytes read: the weights once for all prompts and in every step."""
+        return self.weights * (1 + len(self.steps)) + self.kv
+
+    def seconds(self, limits: Limits) -> float:
+        products = np.maximum(self.weights / limits.bandwidth, self.steps / limits.flops).sum()
+        return float(self.prefill / limits.flops + products + self.kv / limits.bandwidth)
+
+
+def work_of(facts: ModelFacts, dtype: str, workload: Workload, weight_bytes: float | None = None) -> Work:
+    """That of all requests of `workload` at once; KV in `dtype`, weights too or of `weight_bytes` an element."""
     size = DTYPE_BYTES[dtype]
     inputs, outputs = np.asarray(workload.inputs, np.float64), np.asarray(workload.outputs)
     head = facts.vocab_size * facts.hidden_size
@@ -59,10 +86,17 @@ def roofline_seconds(facts: ModelFacts, dtype: str, workload: Workload, limits: 
     for window, count in Counter(facts.windows).items():
         pairs += count * float(_causal_pairs(inputs, window).sum())
         read += count * float((_seen(inputs[:, None] + steps, window) * alive).sum())
-    prefill = 2 * (layers * inputs.sum() + head * len(inputs)) + 4 * facts.q_size * pairs
-    weights, operations = (layers + head) * size, 2 * (layers + head) * alive.sum(0)
-    products = np.maximum(weights / limits.bandwidth, operations / limits.flops).sum()
-    return float(prefill / limits.flops + products + 2 * facts.kv_size * size * read / limits.bandwidth)
+    return Work(
+        prefill=2 * (layers * inputs.sum() + head * len(inputs)) + 4 * facts.q_size * pairs,
+        steps=2 * (layers + head) * alive.sum(0, dtype=np.float64),
+        weights=(layers + head) * (size if weight_bytes is None else weight_bytes),
+        kv=2 * facts.kv_size * size * read,
+    )
+
+
+def roofline_seconds(facts: ModelFacts, dtype: str, workload: Workload, limits: Limits) -> float:
+    """Least seconds for all requests of `workload` at once, weights and KV in `dtype`."""
+    return work_of(facts, dtype, workload).seconds(limits)
 
 
 def _layer_weights(facts: ModelFacts) -> int:
@@ -83,7 +117,10 @@ def _causal_pairs(lengths: Floats, window: int | None) -> Floats:
 
 
 def measure_limits(kind: str, dtype: str) -> Limits:
-    """The device's limits, measured on the spot in about a second: a square product, and the sum of a large tensor."""
+    """The device's limits, measured on the spot in about a second: a square product, and the sum of a large tensor.
+
+    `dtype` is the product's, one that the device multiplies.
+    """
     import torch
 
     number = getattr(torch, dtype)

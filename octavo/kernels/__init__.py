@@ -29,6 +29,7 @@ class Kernels(Protocol):
         *,
         tokens: Tensor,
         positions: Tensor,
+        next_positions: Tensor,
         seq_lens: Tensor,
         slots: Tensor,
     ) -> None:
@@ -139,6 +140,9 @@ class Kernels(Protocol):
         repetition: Tensor,
     ) -> None:
         """Penalises tokens already used, in place, in rows `at` of logits."""
+
+    def apply_masks(self, logits: Tensor, at: Tensor, bits: Tensor) -> None:
+        """Leaves the tokens that each line's bits allow, in place, in rows `at` of logits."""
 
     def top_logprobs(self, logits: Tensor, chosen: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
         """(ids, log-probabilities, ranks) of the chosen token and the k best of each row."""

@@ -133,6 +133,14 @@ def test_a_window_bounds_what_attention_reads() -> None:
     assert seconds(windowed, long) < seconds(LLAMA_8B, long)
 
 
+def test_quantized_weights_are_less_to_read() -> None:
+    workload = workloads.uniform("w", 1, 10, 3)
+    half, quarter = (roofline.work_of(LLAMA_8B, "bfloat16", workload, size) for size in (None, 0.5))
+    assert quarter.weights == half.weights / 4
+    assert quarter.read == pytest.approx(3 * quarter.weights + half.kv)
+    assert (quarter.operations, quarter.kv) == (half.operations, half.kv)
+
+
 def test_limits_can_be_measured() -> None:
     limits = roofline.measure_limits("cpu", "float32")
     assert 1e8 < limits.flops < 1e15
@@ -196,6 +204,10 @@ def test_throughput(engine: CountingEngine, tmp_path: Path, capsys: pytest.Captu
     least = roofline.roofline_seconds(tiny_config().model, "float32", workload, roofline.Limits(1e9, 1e9))
     assert together["roofline_percent_measured"] == pytest.approx(100 * least / together["seconds"], rel=0.01)
     assert together["roofline_percent"] is None
+    work = roofline.work_of(tiny_config().model, "float32", workload)
+    assert together["bandwidth_percent"] == pytest.approx(100 * work.read / 1e9 / together["seconds"], rel=0.01)
+    assert together["matmul_percent"] == pytest.approx(100 * work.operations / 1e9 / together["seconds"], rel=0.01)
+    assert (together["measured_gb_per_s"], together["measured_tflops"]) == (1.0, 0.001)
     assert {"model", "device", "dtype", "preemptions", "total_tokens_per_s", "versions", "machine"} <= together.keys()
     assert out.splitlines()[0].split()[:2] == ["workload", "requests"]
     assert (engine.resets, engine.most_at_once) == (3, 6)

@@ -28,8 +28,8 @@ def target(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
     """Compiles for it; `linear` and `rows` use that."""
     if request.param == "haswell" and not HASWELL:
         pytest.skip("this processor has no AVX2")
-    library = quant_linear.declare(build.library(quant_linear.SOURCES, TARGETS[request.param]))
-    monkeypatch.setattr(quant_linear, "_library", lambda: library)
+    kernels = quant_linear.Kernels(build.library(quant_linear.SOURCES, TARGETS[request.param]))
+    monkeypatch.setattr(quant_linear, "_kernels", lambda: kernels)
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield request.param
@@ -53,12 +53,12 @@ def matrix(format: Format, outs: int, columns: int, seed: int = 0) -> tuple[Pack
 
 
 def activations(count: int, columns: int, dtype: torch.dtype, seed: int = 1) -> Tensor:
-    """Away from the middle between two integers of a block, where rounding may go either way."""
+    """Multiples of a block's finer step, and away from the middle between two of its coarse ones; some stand out."""
     generator = torch.Generator().manual_seed(seed)
     shape = (count, columns // COLUMNS, COLUMNS)
-    integers = torch.randint(-127, 128, shape, generator=generator).float()
-    near = integers + torch.rand(shape, generator=generator) * 0.5 - 0.25
-    near = near.clamp(-127, 127)
+    coarse = torch.randint(-126, 127, shape, generator=generator)
+    coarse[torch.rand(shape[:2], generator=generator) < 0.3] //= 12
+    near = coarse + torch.randint(-32, 33, shape, generator=generator) / 128
     near[..., 3] = 127
     near[0, 0] = 127
     near[-1, -1, ::2] = -127
@@ -66,11 +66,15 @@ def activations(count: int, columns: int, dtype: torch.dtype, seed: int = 1) -> 
     return (near * steps).view(count, columns).to(dtype)
 
 
-def rounded(x: Tensor) -> Tensor:
-    """What the kernel multiplies instead of x, in float64."""
+def rounded(x: Tensor, fine: bool) -> Tensor:
+    """What the kernel multiplies instead of x, in float64: integers times 1 / 127 of a block's largest, or of 1 / 128 of
+    that, which is where the largest has more than half of the energy, or `fine`."""
     blocks = x.double().view(x.shape[0], -1, COLUMNS)
-    steps = blocks.abs().amax(2, keepdim=True) / 127
-    return (torch.where(steps > 0, blocks / steps, 0).round() * steps).view(x.shape)
+    most = blocks.abs().amax(2, keepdim=True)
+    step = torch.where(most > 0, most, 1) / 127
+    exact = (blocks / step * 128).round() / 128
+    stands_out = 2 * most**2 > blocks.square().sum(2, keepdim=True)
+    return (torch.where(stands_out | fine, exact, (exact + 2**-9).round()) * step).view(x.shape)
 
 
 @pytest.mark.parametrize("dtype", quant_linear.DTYPES)
@@ -83,9 +87,10 @@ def test_products_are_those_of_the_rounded_activations(format: Format, dtype: to
             x = activations(count, columns, dtype)
             out = torch.full((count, outs + 5), 7, dtype=dtype)
             linear(x, weight, bias, out[:, 2 : outs + 2])
-            expected = rounded(x) @ values.T + bias.double()
+            with_ = rounded(x, quant_linear.fine(format))
+            expected = with_ @ values.T + bias.double()
             tolerance = 2**-20 if dtype == torch.float32 else 2**-8
-            size = rounded(x).abs() @ values.abs().T + bias.double().abs()
+            size = with_.abs() @ values.abs().T + bias.double().abs()
             error = ((out[:, 2 : outs + 2].double() - expected).abs() / size).max()
             assert error < tolerance, (outs, columns, count)
             assert bool((out[:, :2] == 7).all())
@@ -177,7 +182,7 @@ def test_norm_before_and_gate_after(added: bool, gated: bool, dtype: torch.dtype
             bias = torch.linspace(-1, 1, outs).to(dtype)
             out, stream = norm_linear(x, residual if added else None, (norm, 1e-5), weight, bias, gated)
             assert torch.equal(stream, x + residual if added else x)
-            normalised = rounded(rms_norm(stream.double(), norm.double(), 1e-5))
+            normalised = rounded(rms_norm(stream.double(), norm.double(), 1e-5), quant_linear.fine(format))
             expected = normalised @ values.T + bias.double()
             if gated:
                 expected = silu_mul(expected)

@@ -134,3 +134,23 @@ def test_rows_of_a_wider_matrix_and_float64() -> None:
     wide, p = torch.randn(6, 900), parameters(6, top_k=20)
     assert torch.equal(cpu.sample(wide[:, 100:800], **p), cpu.sample(wide[:, 100:800].contiguous(), **p))
     assert torch.equal(cpu.sample(wide.double(), **p), reference.sample(wide.double(), **p))
+
+
+@pytest.mark.parametrize("vocab", [33, 64, 1000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_masks_leave_what_their_bits_allow(vocab: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(vocab)
+    logits = torch.randn(6, vocab, dtype=dtype)
+    logits[2] = float("-inf")  # nothing is left for the grammar
+    at = torch.tensor([5, 2, 0])
+    bits = torch.randint(-(2**31), 2**31 - 1, (3, -(-vocab // 32)), dtype=torch.int32)
+    bits[2, 1:] = 0
+    allowed = (bits.repeat_interleave(32, 1) >> torch.arange(32).repeat(bits.shape[1]) & 1).bool()[:, :vocab]
+    expected = logits.clone()
+    for line, row in enumerate(at.tolist()):
+        kept = torch.zeros(vocab, dtype=dtype) if row == 2 else logits[row]
+        expected[row] = kept.masked_fill(~allowed[line], float("-inf"))
+    for kernels in (cpu, reference):
+        masked = logits.clone()
+        kernels.apply_masks(masked, at, bits)
+        assert torch.equal(masked, expected)

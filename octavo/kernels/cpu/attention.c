@@ -6,6 +6,7 @@
  * of PART keys whatever the number of threads, so a result depends on its own row alone; a second pass joins the parts.
  */
 #include "common.h"
+#include "team.h"
 
 #define COLUMNS 48
 #define KEYS 64
@@ -20,15 +21,22 @@ typedef struct {
     const int32_t *seq_lens; /* [rows] tokens of the row, its query tokens being the last */
     int64_t rows, table_stride, block_size, heads, kv_heads, dim;
     int64_t window;          /* 0: none */
-    int32_t half_q, half_kv;
+    int64_t half_kv;
 } Step;
 
 typedef struct {
-    const Step *step;
-    const char *q, *k, *v;
-    char *out;
+    Step step;
+    const char *q;     /* tokens [heads, dim], q_stride elements apart */
+    const char *k, *v; /* [blocks, block_size, kv_heads, dim] */
+    char *out;         /* [tokens, heads, dim] */
     int64_t q_stride;
     float scale;
+    int32_t half_q;
+} Attention;
+
+typedef struct {
+    const Step *step;
+    const Attention *of;
     float *parts; /* of rows in parts: per (row, part, head) maximum, sum, dim floats */
 } Call;
 
@@ -220,14 +228,15 @@ static void tile_of_keys(Scratch *s, const Step *step, Rows *rows, const Rows *n
 /* Heads [h, h + group) of a piece's query tokens, all of which share KV head `head`. */
 static void attend(Scratch *s, const Call *call, const Piece *piece, long head, long h, long group) {
     const Step *step = call->step;
+    const Attention *of = call->of;
     const long dim = rounded(step->dim), columns = piece->count * group;
     const long begin = step->q_start[piece->row] + piece->first;
     const long queries = step->q_start[piece->row + 1] - step->q_start[piece->row];
     const long first = step->seq_lens[piece->row] - queries + piece->first;
     const int32_t *table = step->tables + (step->lines ? step->lines[piece->row] : piece->row) * step->table_stride;
     for (long c = 0; c < columns; c++) {
-        long at_q = (begin + c / group) * call->q_stride + (h + c % group) * step->dim;
-        for (long d = 0; d < step->dim; d++) s->q[c * dim + d] = get_one(call->q, at_q + d, step->half_q) * call->scale;
+        long at_q = (begin + c / group) * of->q_stride + (h + c % group) * step->dim;
+        for (long d = 0; d < step->dim; d++) s->q[c * dim + d] = get_one(of->q, at_q + d, of->half_q) * of->scale;
         for (long d = step->dim; d < dim; d++) s->q[c * dim + d] = 0.0f;
         s->top[c] = -INFINITY;
         s->sum[c] = 0.0f;
@@ -235,12 +244,12 @@ static void attend(Scratch *s, const Call *call, const Piece *piece, long head, 
     memset(s->out, 0, (size_t)(columns * dim) * 4);
     Rows rows[2];
     long keys = piece->to - piece->from < KEYS ? piece->to - piece->from : KEYS;
-    addresses(rows[0].key, step, call->k, table, piece->from, keys, head);
-    addresses(rows[0].value, step, call->v, table, piece->from, keys, head);
+    addresses(rows[0].key, step, of->k, table, piece->from, keys, head);
+    addresses(rows[0].value, step, of->v, table, piece->from, keys, head);
     for (long i = 0, from = piece->from; from < piece->to; i ^= 1) {
         const long after = from + keys, more = piece->to - after < KEYS ? piece->to - after : KEYS;
-        addresses(rows[!i].key, step, call->k, table, after, more, head);
-        addresses(rows[!i].value, step, call->v, table, after, more, head);
+        addresses(rows[!i].key, step, of->k, table, after, more, head);
+        addresses(rows[!i].value, step, of->v, table, after, more, head);
         for (long j = more; j < KEYS; j++) rows[!i].key[j] = rows[i].key[0];
         tile_of_keys(s, step, rows + i, rows + !i, from, keys, columns, group, first);
         from = after;
@@ -257,7 +266,7 @@ static void attend(Scratch *s, const Call *call, const Piece *piece, long head, 
         }
         float scale = s->sum[c] > 0 || s->sum[c] != s->sum[c] ? 1.0f / s->sum[c] : 0.0f;
         long to = ((begin + c / group) * step->heads + h + c % group) * step->dim;
-        for (long d = 0; d < step->dim; d++) put_one(call->out, to + d, out[d] * scale, step->half_q);
+        for (long d = 0; d < step->dim; d++) put_one(of->out, to + d, out[d] * scale, of->half_q);
     }
 }
 
@@ -275,7 +284,7 @@ static void join(const Call *call, const Piece *piece, long parts, long head) {
         for (long d = 0; d < step->dim; d++) out[d] += weight * part[2 + d];
     }
     long to = (step->q_start[piece->row] * step->heads + head) * step->dim;
-    for (long d = 0; d < step->dim; d++) put_one(call->out, to + d, out[d] / sum, step->half_q);
+    for (long d = 0; d < step->dim; d++) put_one(call->of->out, to + d, out[d] / sum, call->of->half_q);
 }
 
 /* Lists the pieces of all rows; with `pieces` NULL only counts them. Adds the number of parts to *parts. */
@@ -303,44 +312,35 @@ static long list(const Step *s, Piece *pieces, long *parts) {
     return count;
 }
 
-/* q: tokens [heads, dim], q_stride elements apart; k, v [blocks, block_size, kv_heads, dim]; out [T, heads, dim].
- * Returns 0, or 1 if there was no memory for the work's list.
- */
-EXPORT int attention(const Step *step, const void *q, int64_t q_stride, const void *k, const void *v, float scale,
-                     void *out) {
-    long parts = 0, filled = 0, pieces = list(step, NULL, &parts);
-    Piece *piece = malloc((size_t)pieces * sizeof *piece + 1);
-    float *memory = parts ? malloc((size_t)(parts * step->heads * (step->dim + 2)) * 4) : NULL;
-    if (!piece || (parts && !memory)) {
-        free(piece);
-        free(memory);
-        return 1;
-    }
-    list(step, piece, &filled);
-    const Call call = {step, q, k, v, out, q_stride, scale, memory};
-    const long group = step->heads / step->kv_heads;
-    long keys = 0;
-    for (long i = 0; i < pieces; i++) keys += (long)piece[i].count * (piece[i].to - piece[i].from);
-#pragma omp parallel if (keys * step->heads * step->dim > 65536)
-    {
-        Scratch scratch;
+/* How the work is cut follows from the rows' lengths as they are in memory now. */
+EXPORT int attention(Team *team, const void *arguments) {
+    const Attention *of = arguments;
+    const Step *step = &of->step;
+    long parts = 0;
+    const long pieces = list(step, NULL, &parts), group = step->heads / step->kv_heads;
+    const long listed = (pieces * (long)sizeof(Piece) + 63) / 64 * 64;
+    char *memory = team_memory(team, listed + parts * step->heads * (step->dim + 2) * 4);
+    if (!memory) return pieces > 0;
+    Piece *piece = (Piece *)memory;
+    const Call call = {step, of, (float *)(memory + listed)};
+#pragma omp single
+    list(step, piece, &(long){0});
+    Scratch scratch;
 #pragma omp for schedule(dynamic, 1)
-        for (long i = 0; i < pieces * step->kv_heads; i++) {
-            long head = i % step->kv_heads;
-            for (long h = 0; h < group; h += COLUMNS)
-                attend(&scratch, &call, piece + i / step->kv_heads, head, head * group + h, group - h < COLUMNS ? group - h : COLUMNS);
-        }
-        if (parts) {
-#pragma omp for schedule(dynamic, 1)
-            for (long i = 0; i < pieces; i++) {
-                if (piece[i].part < 0 || (i && piece[i - 1].part >= 0 && piece[i - 1].row == piece[i].row)) continue;
-                long last = i;
-                while (last < pieces && piece[last].part >= 0 && piece[last].row == piece[i].row) last++;
-                for (long head = 0; head < step->heads; head++) join(&call, piece + i, last - i, head);
-            }
+    for (long i = 0; i < pieces * step->kv_heads; i++) {
+        const long head = i % step->kv_heads;
+        for (long h = 0; h < group; h += COLUMNS) {
+            const long count = group - h < COLUMNS ? group - h : COLUMNS;
+            attend(&scratch, &call, piece + i / step->kv_heads, head, head * group + h, count);
         }
     }
-    free(piece);
-    free(memory);
+    if (!parts) return 0;
+#pragma omp for schedule(dynamic, 1) nowait
+    for (long i = 0; i < pieces; i++) {
+        if (piece[i].part < 0 || (i && piece[i - 1].part >= 0 && piece[i - 1].row == piece[i].row)) continue;
+        long last = i;
+        while (last < pieces && piece[last].part >= 0 && piece[last].row == piece[i].row) last++;
+        for (long head = 0; head < step->heads; head++) join(&call, piece + i, last - i, head);
+    }
     return 0;
 }

@@ -27,7 +27,7 @@ import torch  # noqa: F401  before any library here, so that both use one OpenMP
 logger = logging.getLogger("octavo")
 
 HERE = Path(__file__).parent
-FLOAT = ("linear_float.c", "attention.c", "elementwise.c", "sampling.c")
+FLOAT = ("linear_float.c", "attention.c", "elementwise.c", "sampling.c", "run.c")
 """Sources of the kernels for float weights, one library."""
 NATIVE = ("-march=native",)
 BASE = ("-O3", "-std=gnu11", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math")

@@ -34,7 +34,6 @@
 #endif
 #define ROWS 4 /* rows of a tile */
 
-#define EXPORT __attribute__((visibility("default")))
 #define INLINE static inline __attribute__((always_inline, unused))
 #define UNROLL _Pragma("GCC unroll 16")
 

@@ -1,52 +1,147 @@
-/* Norms, the gated activation, and rotation with the write of keys and values: one call an operation.
- *
- * All compute in floats and round once, at the end. Small batches stay on the calling thread.
+/* What a step needs beside products and attention: its batch, rows of the embedding, angles, norms, the gated activation,
+ * and rotation with the write of keys and values. All compute in floats and round once, at the end.
  */
 #include "common.h"
+#include "team.h"
 
-#define SERIAL 32768 /* elements that are done before other threads have woken up */
+typedef struct {
+    const int64_t *rows;       /* [count] lines of what follows; `padding` for none */
+    const int64_t *last_token; /* [padding + 1] */
+    int64_t *num_computed;     /* [padding + 1] */
+    const int32_t *tables;     /* [groups, padding + 1, ...] block ids */
+    int64_t *tokens, *positions, *next; /* [count] */
+    int32_t *seq_lens;                  /* [count] */
+    int64_t *slots;                     /* [groups, count], slots_stride apart */
+    int64_t count, padding, groups, group_stride, row_stride, slots_stride, block_size;
+} PrepareDecode;
 
-INLINE void norm_rows(const void *x, const void *residual, void *total, const void *weight, void *y, long rows, long n,
-                      float eps, bool half) {
-#pragma omp parallel for schedule(static) if (rows * n > SERIAL)
-    for (long row = 0; row < rows; row++) {
-        const void *from = at(x, row * n, half);
-        if (residual) {
-            add_row(into(total, row * n, half), from, at(residual, row * n, half), n, half);
-            from = at(total, row * n, half);
+/* Lays out a step of one token a row and advances num_computed by it: see reference_batch.prepare_decode. */
+EXPORT int prepare_decode(Team *team, const void *arguments) {
+    (void)team;
+    const PrepareDecode *s = arguments;
+#pragma omp single nowait
+    for (int64_t i = 0; i < s->count; i++) {
+        const int64_t row = s->rows[i];
+        const bool real = row != s->padding;
+        const int64_t position = real ? s->num_computed[row] : 0, block = position / s->block_size;
+        s->tokens[i] = real ? s->last_token[row] : 0;
+        s->positions[i] = position;
+        s->next[i] = position + 1;
+        s->seq_lens[i] = (int32_t)(position + 1);
+        for (int64_t group = 0; group < s->groups; group++) {
+            const int64_t id = real ? s->tables[group * s->group_stride + row * s->row_stride + block] : 0;
+            s->slots[group * s->slots_stride + i] = id * s->block_size + position % s->block_size;
         }
-        scale_row(into(y, row * n, half), half, from, weight, inverse_rms(from, n, eps, half), n, half);
+        if (real) s->num_computed[row] = position + 1;
     }
-}
-
-/* With `residual`, total = x + residual and y is the norm of total as it was rounded; all rows are n apart. */
-EXPORT void rms_norm(const void *x, const void *residual, void *total, const void *weight, void *y, long rows, long n,
-                     float eps, int half) {
-    if (half) norm_rows(x, residual, total, weight, y, rows, n, eps, true);
-    else norm_rows(x, residual, total, weight, y, rows, n, eps, false);
-}
-
-INLINE void silu_rows(const void *x, void *y, long rows, long n, bool half) {
-#pragma omp parallel for schedule(static) if (rows * n > SERIAL / 2)
-    for (long row = 0; row < rows; row++) {
-        const void *gate = at(x, 2 * row * n, half);
-        gate_row(into(y, row * n, half), half, gate, at(gate, n, half), n, half);
-    }
-}
-
-/* x [rows, 2 n] -> y [rows, n] */
-EXPORT void silu_mul(const void *x, void *y, long rows, long n, int half) {
-    if (half) silu_rows(x, y, rows, n, true);
-    else silu_rows(x, y, rows, n, false);
+    return 0;
 }
 
 typedef struct {
-    const void *qkv, *q_weight, *k_weight;
-    const float *cos, *sin;
-    const int64_t *slots;
-    void *q, *k, *v;
-    long tokens, stride, heads, kv_heads, dim, width;
+    const int64_t *index; /* [count] */
+    const char *table;    /* rows of `bytes` */
+    char *out;            /* [count] of them */
+    int64_t count, bytes;
+} Gather;
+
+EXPORT int gather(Team *team, const void *arguments) {
+    (void)team;
+    const Gather *g = arguments;
+#pragma omp for schedule(static) nowait
+    for (int64_t i = 0; i < g->count; i++)
+        memcpy(g->out + i * g->bytes, g->table + g->index[i] * g->bytes, (size_t)g->bytes);
+    return 0;
+}
+
+typedef struct {
+    const int64_t *positions; /* [count] */
+    const float *inv_freq;    /* [pairs], or [count, pairs] with stride = pairs instead of 0 */
+    float *cos, *sin;         /* [count, 2 * pairs] */
+    int64_t count, pairs, stride;
+    float scale;
+} Rotation;
+
+/* Cosines twice, sines negated and then as they are: see Kernels.rotation. */
+EXPORT int rotation(Team *team, const void *arguments) {
+    (void)team;
+    const Rotation *r = arguments;
+#pragma omp for schedule(static) nowait
+    for (int64_t i = 0; i < r->count; i++) {
+        float *cos = r->cos + i * 2 * r->pairs, *sin = r->sin + i * 2 * r->pairs;
+        for (int64_t j = 0; j < r->pairs; j++) {
+            const float angle = (float)r->positions[i] * r->inv_freq[i * r->stride + j];
+            const float x = cosf(angle) * r->scale, y = sinf(angle) * r->scale;
+            cos[j] = cos[r->pairs + j] = x;
+            sin[j] = -y;
+            sin[r->pairs + j] = y;
+        }
+    }
+    return 0;
+}
+
+typedef struct {
+    const void *x, *residual; /* [rows, n]; residual may be NULL */
+    void *total;              /* takes x + residual, of which y is the norm as it was rounded */
+    const void *weight;       /* [n] */
+    void *y;                  /* [rows, n] */
+    int64_t rows, n;
     float eps;
+    int32_t half;
+} Norm;
+
+INLINE void norm_rows(const Norm *a, bool half) {
+    const long n = a->n;
+#pragma omp for schedule(static) nowait
+    for (long row = 0; row < a->rows; row++) {
+        const void *from = at(a->x, row * n, half);
+        if (a->residual) {
+            add_row(into(a->total, row * n, half), from, at(a->residual, row * n, half), n, half);
+            from = at(a->total, row * n, half);
+        }
+        scale_row(into(a->y, row * n, half), half, from, a->weight, inverse_rms(from, n, a->eps, half), n, half);
+    }
+}
+
+EXPORT int rms_norm(Team *team, const void *arguments) {
+    (void)team;
+    const Norm *norm = arguments;
+    if (norm->half) norm_rows(norm, true);
+    else norm_rows(norm, false);
+    return 0;
+}
+
+typedef struct {
+    const void *x; /* [rows, 2 n] */
+    void *y;       /* [rows, n] */
+    int64_t rows, n, half;
+} Gate;
+
+INLINE void silu_rows(const Gate *a, bool half) {
+    const long n = a->n;
+#pragma omp for schedule(static) nowait
+    for (long row = 0; row < a->rows; row++) {
+        const void *gate = at(a->x, 2 * row * n, half);
+        gate_row(into(a->y, row * n, half), half, gate, at(gate, n, half), n, half);
+    }
+}
+
+EXPORT int silu_mul(Team *team, const void *arguments) {
+    (void)team;
+    const Gate *gate = arguments;
+    if (gate->half) silu_rows(gate, true);
+    else silu_rows(gate, false);
+    return 0;
+}
+
+typedef struct {
+    const void *qkv;                 /* tokens [heads + 2 * kv_heads, dim], `stride` elements apart */
+    const float *cos, *sin;          /* [tokens, width] */
+    const void *q_weight, *k_weight; /* [dim], or NULL for no norm */
+    const int64_t *slots;            /* [tokens] */
+    void *q, *k, *v;                 /* q [tokens, heads, dim]; caches [slots, kv_heads, dim] */
+    int64_t tokens, stride, heads, kv_heads, dim, width;
+    float eps;
+    int32_t half, half_kv;
 } Rope;
 
 /* y = x * cos + swapped(x) * sin over the first `width` dimensions, x times scale * weight before. */
@@ -77,36 +172,40 @@ INLINE void rotate_head(const Rope *r, void *to, bool half_to, const void *from,
         put_one(to, i, get_one(from, i, half) * (weight ? scale * get_one(weight, i, half) : 1.0f), half_to);
 }
 
-INLINE void copy_head(void *to, bool half_to, const void *from, bool half, long dim) {
+typedef void RotateHead(const Rope *r, void *to, const void *from, const void *weight, long token);
+#define ROTATE(name, half_to, half)                                                                               \
+    static void name(const Rope *r, void *to, const void *from, const void *weight, long token) {                \
+        rotate_head(r, to, half_to, from, weight, token, half);                                                   \
+    }
+ROTATE(rotate_float, false, false)
+ROTATE(rotate_half, true, true)
+ROTATE(widen_rotated, false, true)
+ROTATE(narrow_rotated, true, false)
+
+static void copy_head(void *to, bool half_to, const void *from, bool half, long dim) {
     if (half == half_to) memcpy(to, from, (size_t)dim * (half ? 2 : 4));
+    else if (half) widen_row(to, from, dim);
     else
-        for (long i = 0; i < dim; i++) put_one(to, i, get_one(from, i, half), half_to);
+        for (long i = 0; i < dim; i++) put_one(to, i, get_one(from, i, false), true);
 }
 
-INLINE void rope_tokens(const Rope *r, bool half, bool half_kv) {
-#pragma omp parallel for schedule(static) if (r->tokens * (r->heads + 2 * r->kv_heads) * r->dim > SERIAL)
+EXPORT int rope_norm_write_kv(Team *team, const void *arguments) {
+    (void)team;
+    const Rope *r = arguments;
+    const bool half = r->half, half_kv = r->half_kv;
+    RotateHead *const rotate_q = half ? rotate_half : rotate_float;
+    RotateHead *const rotate_k = half == half_kv ? rotate_q : half ? widen_rotated : narrow_rotated;
+#pragma omp for schedule(static) nowait
     for (long t = 0; t < r->tokens; t++) {
         const void *from = at(r->qkv, t * r->stride, half);
         for (long head = 0; head < r->heads; head++)
-            rotate_head(r, into(r->q, (t * r->heads + head) * r->dim, half), half, at(from, head * r->dim, half),
-                        r->q_weight, t, half);
+            rotate_q(r, into(r->q, (t * r->heads + head) * r->dim, half), at(from, head * r->dim, half), r->q_weight, t);
         for (long head = 0; head < r->kv_heads; head++) {
             const void *k = at(from, (r->heads + head) * r->dim, half), *v = at(k, r->kv_heads * r->dim, half);
-            long to = (r->slots[t] * r->kv_heads + head) * r->dim;
-            rotate_head(r, into(r->k, to, half_kv), half_kv, k, r->k_weight, t, half);
+            const long to = (r->slots[t] * r->kv_heads + head) * r->dim;
+            rotate_k(r, into(r->k, to, half_kv), k, r->k_weight, t);
             copy_head(into(r->v, to, half_kv), half_kv, v, half, r->dim);
         }
     }
-}
-
-/* qkv: tokens [heads + 2 * kv_heads, dim], `stride` elements apart; cos, sin [tokens, width]; weights NULL: no norm. */
-EXPORT void rope_norm_write_kv(const void *qkv, const float *cos, const float *sin, const void *q_weight,
-                               const void *k_weight, const int64_t *slots, void *q, void *k, void *v, long tokens,
-                               long stride, long heads, long kv_heads, long dim, long width, float eps, int half,
-                               int half_kv) {
-    const Rope rope = {qkv, q_weight, k_weight, cos, sin, slots, q, k, v, tokens, stride, heads, kv_heads, dim, width, eps};
-    if (half && half_kv) rope_tokens(&rope, true, true);
-    else if (half) rope_tokens(&rope, true, false);
-    else if (half_kv) rope_tokens(&rope, false, true);
-    else rope_tokens(&rope, false, false);
+    return 0;
 }

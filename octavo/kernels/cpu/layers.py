@@ -1,7 +1,7 @@
 """Layers' functions over the C kernels: products, norms, activation, rotary positions.
 
 Tensors that these do not take (other dtypes, other layouts) go to the reference. At one token the time of a function is
-mostly this Python, hence checks in one line each.
+mostly this Python, unless the step is recorded (`tape`), hence checks in one line each.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from octavo.kernels import reference
-from octavo.kernels.cpu.native import HALF, Functions, dense, functions
+from octavo.kernels.cpu.native import HALF, Functions, Gate, Linear, Norm, Rope, dense, functions, run
 
 LARGE = 160
 """Tokens from which torch's product of float32 is at least as fast; of bfloat16 only where the processor has it."""
@@ -22,25 +22,24 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return reference.linear(x, weight, bias)
     (tokens, size), out = x.shape, weight.shape[0]
     y = x.new_empty((tokens, out))
-    failed = native.linear(
+    product = Linear(
         x.data_ptr(),
-        x.stride(0) if tokens > 1 else size,
-        HALF[x.dtype],
         None,
         None,
         None,
-        0.0,
         weight.data_ptr(),
-        HALF[weight.dtype],
         None if bias is None else bias.data_ptr(),
-        False,
         y.data_ptr(),
+        x.stride(0) if tokens > 1 else size,
         tokens,
         size,
         out,
+        0.0,
+        HALF[x.dtype],
+        HALF[weight.dtype],
+        False,
     )
-    if failed:
-        raise MemoryError("no memory for a product")
+    run(native.linear, product, tokens * size * out)
     return y
 
 
@@ -63,25 +62,24 @@ def norm_linear(
     (tokens, size), out = x.shape, weight.shape[0]
     y = x.new_empty((tokens, out // 2 if gated else out))
     total = x if residual is None else x.new_empty((tokens, size))
-    failed = native.linear(
+    product = Linear(
         x.data_ptr(),
-        size,
-        HALF[kind],
         None if residual is None else residual.data_ptr(),
         total.data_ptr(),
         norm_weight.data_ptr(),
-        eps,
         weight.data_ptr(),
-        HALF[weight.dtype],
         None if bias is None else bias.data_ptr(),
-        gated,
         y.data_ptr(),
+        size,
         tokens,
         size,
         out,
+        eps,
+        HALF[kind],
+        HALF[weight.dtype],
+        gated,
     )
-    if failed:
-        raise MemoryError("no memory for a product")
+    run(native.linear, product, tokens * size * out)
     return y, total
 
 
@@ -97,8 +95,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     if not dense(x) or x.dtype != weight.dtype:
         return reference.rms_norm(x, weight, eps)
     y, size = x.new_empty(x.shape), weight.shape[0]
-    rows = x.numel() // size
-    functions().rms_norm(x.data_ptr(), None, None, weight.data_ptr(), y.data_ptr(), rows, size, eps, HALF[x.dtype])
+    rows, half = x.numel() // size, HALF[x.dtype]
+    norm = Norm(x.data_ptr(), None, None, weight.data_ptr(), y.data_ptr(), rows, size, eps, half)
+    run(functions().rms_norm, norm, 2 * x.numel())
     return y
 
 
@@ -106,7 +105,7 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
     if not dense(x) or not residual.is_contiguous() or not x.dtype == residual.dtype == weight.dtype:
         return reference.add_rms_norm(x, residual, weight, eps)
     y, total, size = x.new_empty(x.shape), x.new_empty(x.shape), weight.shape[0]
-    functions().rms_norm(
+    norm = Norm(
         x.data_ptr(),
         residual.data_ptr(),
         total.data_ptr(),
@@ -117,6 +116,7 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
         eps,
         HALF[x.dtype],
     )
+    run(functions().rms_norm, norm, 2 * x.numel())
     return y, total
 
 
@@ -125,7 +125,8 @@ def silu_mul(gate_up: Tensor) -> Tensor:
         return reference.silu_mul(gate_up)
     size = gate_up.shape[-1] // 2
     y = gate_up.new_empty((*gate_up.shape[:-1], size))
-    functions().silu_mul(gate_up.data_ptr(), y.data_ptr(), y.numel() // size, size, HALF[gate_up.dtype])
+    gate = Gate(gate_up.data_ptr(), y.data_ptr(), y.numel() // size, size, HALF[gate_up.dtype])
+    run(functions().silu_mul, gate, 4 * y.numel())
     return y
 
 
@@ -147,7 +148,7 @@ def rope_norm_write_kv(
     kv_heads, dim = k_cache.shape[2:]
     tokens, width = qkv.shape
     q = qkv.new_empty((tokens, num_heads, dim))
-    functions().rope_norm_write_kv(
+    rope = Rope(
         qkv.data_ptr(),
         cos.data_ptr(),
         sin.data_ptr(),
@@ -167,4 +168,5 @@ def rope_norm_write_kv(
         HALF[qkv.dtype],
         HALF[k_cache.dtype],
     )
+    run(functions().rope_norm_write_kv, rope, 2 * qkv.numel())
     return q

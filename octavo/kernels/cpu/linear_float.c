@@ -9,6 +9,7 @@
  * ("split"). A processor with bfloat16 products takes weights and tokens as they are.
  */
 #include "common.h"
+#include "team.h"
 
 #define COLUMNS ROWS  /* of a tile: tokens */
 #define HEIGHT TOKENS /* of a tile: weight rows */
@@ -228,21 +229,28 @@ INLINE void split(float *row, long in) {
 EXPORT int multiplies_bf16(void) { return MULTIPLIES_BF16; }
 
 typedef struct {
-    const void *residual, *weight; /* weight NULL: no norm; residual NULL: nothing is added */
-    void *total;
+    const void *x;        /* [tokens, in], `stride` elements apart; x, residual, total, norm_weight and y are of one type */
+    const void *residual; /* [tokens, in], or NULL: nothing is added */
+    void *total;          /* takes x + residual */
+    const void *norm;     /* [in], or NULL: x is multiplied as it is */
+    const void *w, *bias; /* [out, in] and [out], or NULL, of one type */
+    void *y;              /* [tokens, out]; gated: out / 2 */
+    int64_t stride, tokens, in, out;
     float eps;
-} Norm;
+    int32_t half_x, half_w;
+    int32_t gated; /* silu of the first half of each result times the second half */
+} Linear;
 
 /* The token as the product takes it: x, or the norm of x + residual, as floats or split or, for NATIVE, bfloat16. */
-INLINE void prepare(const Product *p, const Norm *norm, long token, void *row, Kind kind, bool half) {
+INLINE void prepare(const Product *p, const Linear *of, long token, void *row, Kind kind, bool half) {
     const void *x = at(p->x, token * p->stride, half);
-    if (norm->weight) {
-        if (norm->residual) {
-            void *total = into(norm->total, token * p->in, half);
-            add_row(total, x, at(norm->residual, token * p->in, half), p->in, half);
+    if (of->norm) {
+        if (of->residual) {
+            void *total = into(of->total, token * p->in, half);
+            add_row(total, x, at(of->residual, token * p->in, half), p->in, half);
             x = total;
         }
-        scale_row(row, kind == NATIVE, x, norm->weight, inverse_rms(x, p->in, norm->eps, half), p->in, half);
+        scale_row(row, kind == NATIVE, x, of->norm, inverse_rms(x, p->in, of->eps, half), p->in, half);
     } else if (half && kind != NATIVE) {
         widen_row(row, x, p->in);
     } else {
@@ -267,45 +275,36 @@ static void multiply(const Product *p, const char *x, long x_bytes, Kind kind) {
     }
 }
 
-/* y = x w^T + bias, or of the norm of x + residual instead of x, which becomes total; `gated`: silu of the first half
- * of each result times the second half. x [tokens, in] lie `stride` elements apart; residual, total [tokens, in],
- * norm_weight [in] and y [tokens, out] (gated: out / 2) have x's type; w [out, in] and bias [out] have w's.
- * Returns 0, or 1 if there was no memory.
- */
-EXPORT int linear(const void *x, long stride, int half_x, const void *residual, void *total, const void *norm_weight,
-                  float eps, const void *w, int half_w, const void *bias, int gated, void *y, long tokens, long in,
-                  long out) {
-    const bool native = MULTIPLIES_BF16 && half_x && half_w;
-    const bool copied = norm_weight || stride != in || (!native && (half_x || half_w));
-    const Kind kind = native ? NATIVE : half_w && tokens <= FEW ? SPLIT : FLOATS;
+/* y = x w^T + bias, or of the norm of x + residual, which becomes total, instead of x. */
+EXPORT int linear(Team *team, const void *arguments) {
+    const Linear *a = arguments;
+    const long tokens = a->tokens, in = a->in, half = a->out / 2;
+    const bool native = MULTIPLIES_BF16 && a->half_x && a->half_w;
+    const bool copied = a->norm || a->stride != in || (!native && (a->half_x || a->half_w));
+    const Kind kind = native ? NATIVE : a->half_w && tokens <= FEW ? SPLIT : FLOATS;
     const long x_bytes = (kind == SPLIT ? padded(in) : in) * (native ? 2 : 4);
-    const long rows = copied ? (tokens * x_bytes + 63) / 64 * 64 : 0, wide = gated ? tokens * out * 4 : 0;
-    char *memory = rows + wide ? borrow(rows + wide) : NULL;
+    const long rows = copied ? (tokens * x_bytes + 63) / 64 * 64 : 0, wide = a->gated ? tokens * a->out * 4 : 0;
+    char *memory = team_memory(team, rows + wide);
     if (rows + wide && !memory) return 1;
     float *both = (float *)(memory + rows);
-    const Norm norm = {residual, norm_weight, total, eps};
-    const Product p = {x, w, bias, gated ? both : y, tokens, in, out, stride, half_x, half_w, half_x && !gated};
-#pragma omp parallel if (tokens * in * out > 65536)
-    {
-        if (copied) {
+    const Product p = {a->x, a->w, a->bias, a->gated ? both : a->y, tokens, in, a->out, a->stride, a->half_x, a->half_w,
+                       a->half_x && !a->gated};
+    if (copied) {
 #pragma omp for schedule(static)
-            for (long t = 0; t < tokens; t++) {
-                if (half_x) prepare(&p, &norm, t, memory + t * x_bytes, kind, true);
-                else prepare(&p, &norm, t, memory + t * x_bytes, kind, false);
-            }
-        }
-        multiply(&p, copied ? memory : x, x_bytes, kind);
-        if (gated) {
-            const long half = out / 2;
-#pragma omp barrier
-#pragma omp for schedule(static)
-            for (long t = 0; t < tokens; t++) {
-                const float *gate = both + t * out;
-                if (half_x) gate_row(into(y, t * half, true), true, gate, gate + half, half, false);
-                else gate_row(into(y, t * half, false), false, gate, gate + half, half, false);
-            }
+        for (long t = 0; t < tokens; t++) {
+            if (a->half_x) prepare(&p, a, t, memory + t * x_bytes, kind, true);
+            else prepare(&p, a, t, memory + t * x_bytes, kind, false);
         }
     }
-    give_back(memory, rows + wide);
+    multiply(&p, copied ? memory : a->x, x_bytes, kind);
+    if (a->gated) {
+#pragma omp barrier
+#pragma omp for schedule(static) nowait
+        for (long t = 0; t < tokens; t++) {
+            const float *gate = both + t * a->out;
+            if (a->half_x) gate_row(into(a->y, t * half, true), true, gate, gate + half, half, false);
+            else gate_row(into(a->y, t * half, false), false, gate, gate + half, half, false);
+        }
+    }
     return 0;
 }

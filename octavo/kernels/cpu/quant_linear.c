@@ -10,22 +10,24 @@
      minima      16 float16, in formats that have them
    A weight is scale * (code - zero), or scale * code + minimum. The last panel is padded with zeros.
 
-   Each block of 32 activations of a row becomes round(x / d), d = max |x| / 127, so that the product of a block is exact
-   integer arithmetic, scaled once: d * scale * (sum(code * q) - zero * sum(q)) + minimum * d * sum(q).
+   Each block of 32 activations of a row becomes d * (q + r / 128), d = max |x| / 127, q and r integers of 8 bits, so that
+   the product of a block is exact integer arithmetic, scaled once: d * scale * (sum(code * q) - zero * sum(q)) + minimum *
+   d * sum(q). The remainder r counts only in blocks of which one value has more than half of the energy (max^2 > sum(x^2)
+   / 2), a fifth of them: there d is coarse for all others. It is multiplied like one more row of x with d / 128.
 
    A residual addition and RMSNorm may come before, SwiGLU after. */
 
 #include <math.h>
+#include <stdbool.h>
 #include <stdlib.h>
 
 #include "quant_simd.h"
+#include "team.h"
 
-#define EXPORT __attribute__((visibility("default")))
 #define COLUMNS 32
 #define PANEL 16
-#define ROW_BLOCK 64  /* rows of x that share a pass over a panel, which stays in the cache */
-#define FLOAT_ROWS 12 /* rows of x from which 8-bit codes become floats, see quant_simd.h */
-#define SMALL 65536   /* products below which one thread is faster */
+#define AHEAD 1024   /* bytes of weights that a single row's product prefetches */
+#define ROW_BLOCK 64 /* rows of x that share a pass over a panel, which stays in the cache */
 
 enum { FLOAT32, BFLOAT16 };
 
@@ -37,23 +39,22 @@ static const struct format formats[] = {
     {4, 32, 8, 0}, {4, 32, 0, 1}, {6, 32, 16, 0}, {6, 32, 0, 1}, {6, 16, 32, 0}, {8, 32, 128, 0},
 };
 
-struct scales { /* of a block of x: d, d * sum(q), and zero * sum(q) over all columns and over the first 16 */
+struct record { /* of a block of a row of x: d, d * sum(q), and zero * sum(q) over all columns and over the first 16 */
     float d, sum;
     int32_t zeros, low_zeros;
+    int8_t q[]; /* 32; where WIDE_X those of codes of 8 bits are int16: 128 * q + r */
 };
 
-struct product { /* everything of floats is of `type` */
-    const void *x;
-    long type, rows, columns;
+struct product { /* everything of floats is of `type`; mirrored in quant_linear.py */
+    const void *x; /* contiguous, as residual and stream are */
     const uint8_t *weight;
-    long format, outs;
-    const void *bias; /* or NULL */
-    void *out;        /* rows `stride` elements apart */
-    long stride;
+    const void *bias;            /* or NULL */
+    void *out;                   /* rows `stride` elements apart */
     const void *norm, *residual; /* or NULL: RMSNorm's weight; what is added before it */
+    void *stream;                /* takes x + residual */
+    int64_t type, rows, columns, format, outs, stride;
     float eps;
-    void *stream; /* takes x + residual */
-    int gated;    /* silu(first half of the outputs) * the second half */
+    int32_t gated; /* silu(first half of the outputs) * the second half; the halves end with a panel */
 };
 
 INLINE long block_bytes(const int bits, const int group, const int has_min) {
@@ -89,35 +90,63 @@ static void store_values(void *p, long type, long i, long count, const float *fr
         memcpy((float *)p + i, from, (size_t)count * sizeof *from);
 }
 
-/* 32 activations, which become integers of `width` bytes, or floats (4). The sum with 1.5 * 2^23 leaves the nearest integer, ties to even, in the lowest bits. */
-static void quantize(const float *x, const int width, int zero, int8_t *q, struct scales *scales) {
-    uint32_t top = 0;
-    for (int i = 0; i < COLUMNS; i++) {
-        const uint32_t magnitude = to_bits(x[i]) & 0x7fffffffu;
-        top = magnitude > top ? magnitude : top;
-    }
-    const float most = from_bits(top), inverse = most < 1e-30f ? 0 : 127 / most;
-    int16_t rounded[COLUMNS];
+/* x as the products take it. Of each ROW_BLOCK rows and 32 columns: `planes` times `rows` records, q and then r (none where
+   WIDE_X), and ROW_BLOCK flags, whether r counts. */
+struct activations {
+    char *records;
+    uint8_t *flags;
+    long blocks, rows, width, planes, size; /* of a record */
+};
+
+INLINE struct record *record_of(const struct activations *x, long block, long plane, long row) {
+    return (struct record *)(x->records + ((block * x->planes + plane) * x->rows + row) * x->size);
+}
+
+INLINE void fill(struct record *record, float d, const int16_t *q, long width, int zero) {
     int32_t low = 0, high = 0;
-    for (int i = 0; i < COLUMNS; i++)
-        rounded[i] = (int16_t)(to_bits(x[i] * inverse + 12582912.0f) - to_bits(12582912.0f));
-    for (int i = 0; i < COLUMNS / 2; i++) low += rounded[i], high += rounded[i + COLUMNS / 2];
-    scales->d = most / 127;
-    scales->sum = scales->d * (float)(low + high);
-    scales->zeros = zero * (low + high), scales->low_zeros = zero * low;
-    if (width == 4) {
-        float values[COLUMNS];
-        for (int i = 0; i < COLUMNS; i++) values[i] = rounded[i];
-        memcpy(q, values, sizeof values);
-    } else if (width == 2) {
+    for (int i = 0; i < COLUMNS / 2; i++) low += q[i], high += q[i + COLUMNS / 2];
+    record->d = d;
+    record->sum = d * (float)(low + high);
+    record->zeros = zero * (low + high), record->low_zeros = zero * low;
+    if (width == 2) {
         int16_t ordered[COLUMNS];
         for (int i = 0; i < COLUMNS; i += 4) {
-            ordered[i] = rounded[i], ordered[i + 1] = rounded[i + 2];
-            ordered[i + 2] = rounded[i + 1], ordered[i + 3] = rounded[i + 3];
+            ordered[i] = q[i], ordered[i + 1] = q[i + 2];
+            ordered[i + 2] = q[i + 1], ordered[i + 3] = q[i + 3];
         }
-        memcpy(q, ordered, sizeof ordered);
+        memcpy(record->q, ordered, sizeof ordered);
     } else
-        for (int i = 0; i < COLUMNS; i++) q[i] = (int8_t)rounded[i];
+        for (int i = 0; i < COLUMNS; i++) record->q[i] = (int8_t)q[i];
+}
+
+/* Columns 32 b.. of a row. The sum with 1.5 * 2^23 leaves the nearest integer, ties to even, in the lowest bits. */
+static void quantize(const float *values, const struct activations *x, long row, long b, int zero) {
+    const long block = row / ROW_BLOCK * x->blocks + b, of = row % ROW_BLOCK;
+    uint32_t top = 0;
+    float squares[8] = {0}, energy = 0;
+    for (int i = 0; i < COLUMNS; i++) {
+        const uint32_t magnitude = to_bits(values[i]) & 0x7fffffffu;
+        top = magnitude > top ? magnitude : top;
+        squares[i % 8] += values[i] * values[i];
+    }
+    for (int i = 0; i < 8; i++) energy += squares[i];
+    const float most = from_bits(top), d = most / 127, inverse = most < 1e-30f ? 0 : 127 * 128 / most;
+    int16_t both[COLUMNS], q[COLUMNS], r[COLUMNS];
+    for (int i = 0; i < COLUMNS; i++)
+        both[i] = (int16_t)(to_bits(values[i] * inverse + 12582912.0f) - to_bits(12582912.0f));
+    if (x->planes == 1) {
+        fill(record_of(x, block, 0, of), d / 128, both, x->width, zero);
+        x->flags[block * ROW_BLOCK + of] = 0;
+        return;
+    }
+    for (int i = 0; i < COLUMNS; i++) {
+        q[i] = (int16_t)((both[i] + 64) >> 7);
+        r[i] = (int16_t)(both[i] - 128 * q[i]);
+    }
+    fill(record_of(x, block, 0, of), d, q, 1, zero);
+    const bool counts = 2 * most * most > energy;
+    if (counts) fill(record_of(x, block, 1, of), d / 128, r, 1, zero);
+    x->flags[block * ROW_BLOCK + of] = counts;
 }
 
 INLINE codes fetch(const int bits, const uint8_t *block, const int quad, const int v) {
@@ -128,76 +157,137 @@ INLINE codes fetch(const int bits, const uint8_t *block, const int quad, const i
     return bits == 4 ? low : add_high(low, load_codes(block + 256 + 64 * (quad >> 2) + at), quad & 3);
 }
 
-/* A panel times `rows` rows of x, whose codes are `x_stride` bytes and whose scales are `blocks` apart: [rows][16]. */
-INLINE void tile(const int bits, const int group, const int has_min, const int rows, const uint8_t *block, const int8_t *x,
-                 long x_stride, const struct scales *scales, long blocks, float *out) {
+struct numbers { /* of a block of weights, as floats */
+    float scales[2][PANEL], minima[PANEL];
+} __attribute__((aligned(64)));
+
+INLINE void widen_numbers(const int bits, const int group, const int has_min, const uint8_t *block, struct numbers *to) {
+    const uint8_t *at = block + 64 * bits;
+    UNROLL for (int v = 0; v < VECS; v++) {
+        store_floats(to->scales[0] + v * LANES, load_halves(at + 2 * v * LANES));
+        if (group == 16) store_floats(to->scales[1] + v * LANES, load_halves(at + 2 * (PANEL + v * LANES)));
+        if (has_min) store_floats(to->minima + v * LANES, load_halves(at + 2 * (PANEL + v * LANES)));
+    }
+}
+
+/* total[m] += a block times a record, for each of `rows`. */
+INLINE void multiply(const int bits, const int group, const int has_min, const int rows, const uint8_t *block,
+                     const struct numbers *numbers, const struct record *const x[], floats total[][VECS]) {
     const int width = bits == 8 && WIDE_X ? 2 : 1, quads = group / 4, signed_codes = bits == 8 && SIGNED_BYTES;
-    floats total[MAX_ROWS][VECS];
     sums part[MAX_ROWS][VECS];
     ints whole[MAX_ROWS][VECS];
     UNROLL for (int m = 0; m < rows; m++) UNROLL for (int v = 0; v < VECS; v++)
-        total[m][v] = all_floats(0), part[m][v] = no_sums(), whole[m][v] = all_ints(0);
-    for (long b = 0; b < blocks; b++, block += block_bytes(bits, group, has_min), x += COLUMNS * width, scales++) {
-        UNROLL for (int quad = 0; quad < COLUMNS / 4; quad++) {
-            codes w[VECS];
-            UNROLL for (int v = 0; v < VECS; v++) w[v] = fetch(bits, block, quad, v);
-            UNROLL for (int m = 0; m < rows; m++) UNROLL for (int v = 0; v < VECS; v++)
-                part[m][v] = dot(bits, part[m][v], w[v], x + m * x_stride + 4 * quad * width);
-            const int last = quad % quads == quads - 1;
-            if (last || quad % run(bits) == run(bits) - 1)
-                UNROLL for (int m = 0; m < rows; m++) UNROLL for (int v = 0; v < VECS; v++) {
-                    whole[m][v] = add_ints(whole[m][v], widen(bits, part[m][v]));
-                    part[m][v] = no_sums();
-                }
-            if (!last) continue;
-            const uint8_t *at = block + 64 * bits + 2 * PANEL * (quad / quads);
-            UNROLL for (int v = 0; v < VECS; v++) {
-                const floats scale = load_halves(at + 2 * v * LANES);
-                UNROLL for (int m = 0; m < rows; m++) {
-                    const struct scales *of = scales + m * blocks;
-                    if (!has_min && !signed_codes) {
-                        ints zeros = all_ints(group == 32 ? of->zeros : of->low_zeros);
-                        if (quad >= quads) zeros = sub_ints(all_ints(of->zeros), zeros);
-                        whole[m][v] = sub_ints(whole[m][v], zeros);
-                    }
-                    total[m][v] = multiply_add(multiply(scale, all_floats(of->d)), to_floats(whole[m][v]), total[m][v]);
-                    whole[m][v] = all_ints(0);
-                    if (has_min)
-                        total[m][v] = multiply_add(load_halves(at + 2 * (PANEL + v * LANES)), all_floats(of->sum), total[m][v]);
-                }
+        part[m][v] = no_sums(), whole[m][v] = all_ints(0);
+    UNROLL for (int quad = 0; quad < COLUMNS / 4; quad++) {
+        codes w[VECS];
+        UNROLL for (int v = 0; v < VECS; v++) w[v] = fetch(bits, block, quad, v);
+        UNROLL for (int m = 0; m < rows; m++) UNROLL for (int v = 0; v < VECS; v++)
+            part[m][v] = dot(bits, part[m][v], w[v], x[m]->q + 4 * quad * width);
+        const int last = quad % quads == quads - 1;
+        if (last || quad % run(bits) == run(bits) - 1)
+            UNROLL for (int m = 0; m < rows; m++) UNROLL for (int v = 0; v < VECS; v++) {
+                whole[m][v] = add_ints(whole[m][v], widen(bits, part[m][v]));
+                part[m][v] = no_sums();
             }
+        if (!last) continue;
+        UNROLL for (int m = 0; m < rows; m++) UNROLL for (int v = 0; v < VECS; v++) {
+            if (!has_min && !signed_codes) {
+                ints zeros = all_ints(group == 32 ? x[m]->zeros : x[m]->low_zeros);
+                if (quad >= quads) zeros = sub_ints(all_ints(x[m]->zeros), zeros);
+                whole[m][v] = sub_ints(whole[m][v], zeros);
+            }
+            const floats scale = load_floats(numbers->scales[quad / quads] + v * LANES);
+            total[m][v] = multiply_add(multiply_floats(scale, all_floats(x[m]->d)), to_floats(whole[m][v]), total[m][v]);
+            whole[m][v] = all_ints(0);
+            if (has_min)
+                total[m][v] = multiply_add(load_floats(numbers->minima + v * LANES), all_floats(x[m]->sum), total[m][v]);
         }
     }
-    UNROLL for (int m = 0; m < rows; m++) UNROLL for (int v = 0; v < VECS; v++)
-        store_floats(out + PANEL * m + v * LANES, total[m][v]);
 }
 
-typedef void tile_function(const uint8_t *, const int8_t *, long, const struct scales *, long, float *);
+typedef void block_function(const uint8_t *, const struct numbers *, const struct record *const[], float *const[]);
 
-#define TILE(name, bits, group, has_min, rows)                                                                          \
-    static void name##_##rows(const uint8_t *block, const int8_t *x, long x_stride, const struct scales *scales,        \
-                              long blocks, float *out) {                                                               \
-        tile(bits, group, has_min, rows, block, x, x_stride, scales, blocks, out);                                      \
+/* to[m] += ... A function for each number of rows: of one, the compiler would share work between the numbers and run out
+   of registers. */
+#define BLOCK(name, bits, group, has_min, rows)                                                                       \
+    static __attribute__((noinline)) void name##_##rows(const uint8_t *block, const struct numbers *numbers,         \
+                                                        const struct record *const x[], float *const to[]) {         \
+        floats total[rows][VECS];                                                                                     \
+        UNROLL for (int m = 0; m < rows; m++) UNROLL for (int v = 0; v < VECS; v++)                                   \
+            total[m][v] = load_floats(to[m] + v * LANES);                                                             \
+        multiply(bits, group, has_min, rows, block, numbers, x, total);                                               \
+        UNROLL for (int m = 0; m < rows; m++) UNROLL for (int v = 0; v < VECS; v++)                                   \
+            store_floats(to[m] + v * LANES, total[m][v]);                                                             \
     }
-#if MAX_ROWS == 8
-#define SIZES(make, ...) make(__VA_ARGS__, 1) make(__VA_ARGS__, 2) make(__VA_ARGS__, 4) make(__VA_ARGS__, 8)
-#define NAMES(name) {name##_1, name##_2, name##_4, name##_8}
-#elif MAX_ROWS == 4
-#define SIZES(make, ...) make(__VA_ARGS__, 1) make(__VA_ARGS__, 2) make(__VA_ARGS__, 4)
-#define NAMES(name) {name##_1, name##_2, name##_4}
-#else
-#define SIZES(make, ...) make(__VA_ARGS__, 1) make(__VA_ARGS__, 2)
-#define NAMES(name) {name##_1, name##_2}
-#endif
-SIZES(TILE, q4, 4, 32, 0)
-SIZES(TILE, q4_min, 4, 32, 1)
-SIZES(TILE, q6, 6, 32, 0)
-SIZES(TILE, q6_min, 6, 32, 1)
-SIZES(TILE, q6_16, 6, 16, 0)
-SIZES(TILE, q8, 8, 32, 0)
 
-/* By format and logarithm of rows. */
-static tile_function *const tiles[][4] = {NAMES(q4), NAMES(q4_min), NAMES(q6), NAMES(q6_min), NAMES(q6_16), NAMES(q8)};
+/* to [count, 16] = a panel times `count` rows of x from the first of a ROW_BLOCK on; in each block, rows of which r counts
+   come again. */
+INLINE void multiply_rows(const int bits, const int group, const int has_min, block_function *const of[], const uint8_t *block,
+                          const struct activations *x, long row_block, long count, float *to) {
+    enum { MAX_SIZE = 3 };
+    static const int sizes[] = {1, 2, 4, MAX_ROWS};
+    memset(to, 0, (size_t)count * PANEL * sizeof *to);
+    for (long b = 0; b < x->blocks; b++, block += block_bytes(bits, group, has_min)) {
+        const long from = row_block * x->blocks + b;
+        const uint8_t *flags = x->flags + from * ROW_BLOCK;
+        const struct record *with[2 * ROW_BLOCK];
+        float *total[2 * ROW_BLOCK];
+        struct numbers numbers;
+        long all = count;
+        for (long m = 0; m < count; m++) {
+            with[m] = record_of(x, from, 0, m), total[m] = to + PANEL * m;
+            if (x->planes == 1) continue;
+            with[all] = record_of(x, from, 1, m), total[all] = to + PANEL * m;
+            all += flags[m];
+        }
+        widen_numbers(bits, group, has_min, block, &numbers);
+        for (long i = 0, size = MAX_SIZE; i < all; i += sizes[size]) {
+            const long end = i < count ? count : all; /* a row is not twice among those of a call */
+            if (i == count) size = MAX_SIZE;
+            while (sizes[size] > end - i) size--;
+            of[size](block, &numbers, with + i, total + i);
+        }
+    }
+}
+
+/* multiply_rows for one row, the same result. */
+INLINE void multiply_row(const int bits, const int group, const int has_min, const uint8_t *block, const struct activations *x,
+                         float *to) {
+    floats total[1][VECS];
+    UNROLL for (int v = 0; v < VECS; v++) total[0][v] = all_floats(0);
+    for (long b = 0; b < x->blocks; b++, block += block_bytes(bits, group, has_min)) {
+        const struct record *with[] = {record_of(x, b, 0, 0)};
+        struct numbers numbers;
+        for (int i = 0; i < block_bytes(bits, group, has_min); i += 64) __builtin_prefetch(block + AHEAD + i);
+        widen_numbers(bits, group, has_min, block, &numbers);
+        multiply(bits, group, has_min, 1, block, &numbers, with, total);
+        if (x->planes == 1 || !x->flags[b * ROW_BLOCK]) continue;
+        with[0] = record_of(x, b, 1, 0);
+        multiply(bits, group, has_min, 1, block, &numbers, with, total);
+    }
+    UNROLL for (int v = 0; v < VECS; v++) store_floats(to + v * LANES, total[0][v]);
+}
+
+typedef void panel_function(const uint8_t *, const struct activations *, long, long, float *);
+
+#define MULTIPLIES(name, bits, group, has_min)                                                                        \
+    BLOCK(name, bits, group, has_min, 1)                                                                              \
+    BLOCK(name, bits, group, has_min, 2)                                                                              \
+    BLOCK(name, bits, group, has_min, 4)                                                                              \
+    BLOCK(name, bits, group, has_min, 6)                                                                              \
+    static void name(const uint8_t *panel, const struct activations *x, long row_block, long count, float *to) {     \
+        static block_function *const of[] = {name##_1, name##_2, name##_4, name##_6};                                 \
+        if (x->rows == 1) multiply_row(bits, group, has_min, panel, x, to);                                           \
+        else multiply_rows(bits, group, has_min, of, panel, x, row_block, count, to);                                 \
+    }
+MULTIPLIES(q4, 4, 32, 0)
+MULTIPLIES(q4_min, 4, 32, 1)
+MULTIPLIES(q6, 6, 32, 0)
+MULTIPLIES(q6_min, 6, 32, 1)
+MULTIPLIES(q6_16, 6, 16, 0)
+MULTIPLIES(q8, 8, 32, 0)
+
+static panel_function *const multiplies[] = {q4, q4_min, q6, q6_min, q6_16, q8};
 
 /* exp(x) = 2^n e^r, |r| <= ln 2 / 2, the latter by a polynomial: within 2 units in the last place from -87 to 88. */
 INLINE float exponential(float x) {
@@ -223,75 +313,20 @@ static void finish(const struct product *p, long row, long first, float *sums, f
     store_values(p->out, p->type, row * p->stride + first, count, sums);
 }
 
-#if WIDE_X
-/* `tile` of 8-bit codes for any number of rows, x in floats. The same result: sums below 2^24 are exact. */
-static void float_tiles(const uint8_t *block, const float *x, const struct scales *scales, long blocks, long rows,
-                        float *out) {
-    memset(out, 0, (size_t)rows * PANEL * sizeof *out);
-    for (long b = 0; b < blocks; b++, block += block_bytes(8, COLUMNS, 0), x += COLUMNS, scales++) {
-        float w[COLUMNS][PANEL];
-        UNROLL for (int quad = 0; quad < COLUMNS / 4; quad++) UNROLL for (int v = 0; v < VECS; v++) {
-            const codes four = fetch(8, block, quad, v);
-            UNROLL for (int i = 0; i < 4; i++) store_floats(w[4 * quad + i] + v * LANES, code_column(four, i));
-        }
-        for (long row = 0; row < rows; row += MAX_ROWS) { /* those beyond the last repeat it and are not stored */
-            const float *of[MAX_ROWS];
-            floats part[MAX_ROWS][VECS];
-            UNROLL for (int m = 0; m < MAX_ROWS; m++) {
-                of[m] = x + (row + m < rows ? row + m : rows - 1) * blocks * COLUMNS;
-                UNROLL for (int v = 0; v < VECS; v++) part[m][v] = all_floats(0);
-            }
-            for (int i = 0; i < COLUMNS; i++) {
-                floats column[VECS];
-                UNROLL for (int v = 0; v < VECS; v++) column[v] = load_floats(w[i] + v * LANES);
-                UNROLL for (int m = 0; m < MAX_ROWS; m++) UNROLL for (int v = 0; v < VECS; v++)
-                    part[m][v] = multiply_add(column[v], all_floats(of[m][i]), part[m][v]);
-            }
-            UNROLL for (int m = 0; m < MAX_ROWS; m++) UNROLL for (int v = 0; v < VECS; v++) {
-                float *total = out + (row + m) * PANEL + v * LANES;
-                if (row + m >= rows) continue;
-                const floats scale = load_halves(block + 64 * 8 + 2 * v * LANES);
-                const floats step = multiply(scale, all_floats(scales[(row + m) * blocks].d));
-                store_floats(total, multiply_add(step, part[m][v], load_floats(total)));
-            }
-        }
-    }
-}
-#endif
-
-/* Bytes of an integer of x. */
-static int width_of(const struct product *p) {
-    return !WIDE_X || formats[p->format].bits != 8 ? 1 : p->rows < FLOAT_ROWS ? 2 : 4;
-}
-
-static void multiply_panel(const struct product *p, long panel, long first, long last, const int8_t *x, long x_stride,
-                           const struct scales *scales) {
+static void multiply_panel(const struct product *p, const struct activations *x, long row_block, long panel) {
     const struct format f = formats[p->format];
-    const long blocks = p->columns / COLUMNS, bytes = blocks * block_bytes(f.bits, f.group, f.has_min);
+    const long first = row_block * ROW_BLOCK, count = p->rows - first < ROW_BLOCK ? p->rows - first : ROW_BLOCK;
+    const long bytes = x->blocks * block_bytes(f.bits, f.group, f.has_min);
     const uint8_t *weight = p->weight + panel * bytes, *up = weight + p->outs / 2 / PANEL * bytes;
-    float sums[ROW_BLOCK * PANEL], ups[ROW_BLOCK * PANEL];
-#if WIDE_X
-    if (width_of(p) == 4) {
-        const float *of = (const float *)(x + first * x_stride);
-        float_tiles(weight, of, scales + first * blocks, blocks, last - first, sums);
-        if (p->gated) float_tiles(up, of, scales + first * blocks, blocks, last - first, ups);
-        for (long m = first; m < last; m++) finish(p, m, panel * PANEL, sums + PANEL * (m - first), ups + PANEL * (m - first));
-        return;
-    }
-#endif
-    for (long row = first, size = MAX_ROWS, power = __builtin_ctz(MAX_ROWS); row < last; row += size) {
-        while (size > last - row) size /= 2, power--;
-        tile_function *const multiply = tiles[p->format][power];
-        multiply(weight, x + row * x_stride, x_stride, scales + row * blocks, blocks, sums);
-        if (p->gated) multiply(up, x + row * x_stride, x_stride, scales + row * blocks, blocks, ups);
-        for (long m = 0; m < size; m++) finish(p, row + m, panel * PANEL, sums + PANEL * m, ups + PANEL * m);
-    }
+    float sums[ROW_BLOCK * PANEL] __attribute__((aligned(64))), ups[ROW_BLOCK * PANEL] __attribute__((aligned(64)));
+    multiplies[p->format](weight, x, row_block, count, sums);
+    if (p->gated) multiplies[p->format](up, x, row_block, count, ups);
+    for (long m = 0; m < count; m++) finish(p, first + m, panel * PANEL, sums + PANEL * m, ups + PANEL * m);
 }
 
 /* A row of x becomes x + residual, in x's type, and then normalised integers. */
-static void normalise(const struct product *p, long row, int8_t *q, struct scales *scales) {
-    const int width = width_of(p);
-    const long blocks = p->columns / COLUMNS, at = row * p->columns;
+static void normalise(const struct product *p, const struct activations *x, long row) {
+    const long blocks = x->blocks, at = row * p->columns;
     float values[COLUMNS], other[COLUMNS], squares[COLUMNS] = {0}, total = 0;
     for (long b = 0; b < blocks; b++) {
         load_values(p->x, p->type, at + b * COLUMNS, COLUMNS, values);
@@ -309,59 +344,58 @@ static void normalise(const struct product *p, long row, int8_t *q, struct scale
         load_values(p->residual ? p->stream : p->x, p->type, at + b * COLUMNS, COLUMNS, values);
         load_values(p->norm, p->type, b * COLUMNS, COLUMNS, other);
         for (int i = 0; i < COLUMNS; i++) values[i] = values[i] * scale * other[i];
-        quantize(values, width, formats[p->format].zero, q + b * COLUMNS * width, scales + b);
+        quantize(values, x, row, b, formats[p->format].zero);
     }
 }
 
-/* Shared by the threads of the region that calls it, all with the same arguments. */
-static void work(const struct product *p, int8_t *x, struct scales *scales) {
-    const struct format f = formats[p->format];
-    const int width = width_of(p);
-    const long blocks = p->columns / COLUMNS, x_stride = p->columns * width, outs = p->gated ? p->outs / 2 : p->outs;
+EXPORT int octavo_quant_linear(Team *team, const void *arguments) {
+    const struct product *p = arguments;
+    const long blocks = p->columns / COLUMNS, outs = p->gated ? p->outs / 2 : p->outs;
     const long panels = (outs + PANEL - 1) / PANEL, row_blocks = (p->rows + ROW_BLOCK - 1) / ROW_BLOCK;
+    const bool wide = WIDE_X && formats[p->format].bits == 8;
+    struct activations x = {.blocks = blocks, .rows = p->rows < ROW_BLOCK ? p->rows : ROW_BLOCK};
+    x.width = wide ? 2 : 1, x.planes = wide ? 1 : 2, x.size = (long)sizeof(struct record) + COLUMNS * x.width;
+    const long flags = row_blocks * blocks * ROW_BLOCK;
+    x.flags = team_memory(team, flags + row_blocks * blocks * x.planes * x.rows * x.size + 64);
+    if (!x.flags) return 1;
+    x.records = (char *)x.flags + flags;
     if (p->norm) {
 #pragma omp for schedule(static)
-        for (long row = 0; row < p->rows; row++) normalise(p, row, x + row * x_stride, scales + row * blocks);
+        for (long row = 0; row < p->rows; row++) normalise(p, &x, row);
     } else {
 #pragma omp for schedule(static)
         for (long i = 0; i < p->rows * blocks; i++) {
             float values[COLUMNS];
             load_values(p->x, p->type, i * COLUMNS, COLUMNS, values);
-            quantize(values, width, f.zero, x + i * COLUMNS * width, scales + i);
+            quantize(values, &x, i / blocks, i % blocks, formats[p->format].zero);
         }
     }
-#pragma omp for schedule(static) collapse(2)
+#pragma omp for schedule(static) collapse(2) nowait
     for (long r = 0; r < row_blocks; r++)
-        for (long panel = 0; panel < panels; panel++) {
-            const long first = r * ROW_BLOCK, last = first + ROW_BLOCK;
-            multiply_panel(p, panel, first, last < p->rows ? last : p->rows, x, x_stride, scales);
-        }
-}
-
-/* 0, or -1 without memory. x, residual and stream are contiguous; gated halves end with a panel. */
-EXPORT int octavo_quant_linear(const void *x, long type, long rows, long columns, const void *weight, long format,
-                               long outs, const void *bias, void *out, long stride, const void *norm,
-                               const void *residual, float eps, void *stream, int gated) {
-    const struct product p = {x,   type,   rows, columns,  weight, format, outs, bias,
-                              out, stride, norm, residual, eps,    stream, gated};
-    const long blocks = rows * (columns / COLUMNS);
-    struct scales *scales = malloc((size_t)(blocks + 1) * (sizeof *scales + (size_t)width_of(&p) * COLUMNS));
-    if (!scales) return -1;
-#pragma omp parallel if (rows * columns * outs > SMALL)
-    work(&p, (int8_t *)(scales + blocks), scales);
-    free(scales);
+        for (long panel = 0; panel < panels; panel++) multiply_panel(p, &x, r, panel);
     return 0;
 }
 
-/* Rows `index` of a packed matrix as floats, contiguous: [count, columns]. */
-EXPORT void octavo_quant_rows(const uint8_t *weight, long format, long columns, const int64_t *index, long count, void *out,
-                              long type) {
-    const struct format f = formats[format];
-    const long blocks = columns / COLUMNS, bytes = block_bytes(f.bits, f.group, f.has_min);
-    for (long i = 0; i < count; i++) {
-        const long lane = index[i] % PANEL;
-        const uint8_t *block = weight + index[i] / PANEL * blocks * bytes;
-        for (long b = 0; b < blocks; b++, block += bytes)
+/* Whether codes of 8 bits are multiplied as 16-bit integers. */
+EXPORT int octavo_quant_wide(void) { return WIDE_X; }
+
+struct gather { /* mirrored in quant_linear.py */
+    const uint8_t *weight;
+    const int64_t *index; /* [count] rows of a packed matrix */
+    void *out;            /* [count, columns] of `type` */
+    int64_t format, columns, count, type;
+};
+
+EXPORT int octavo_quant_rows(Team *team, const void *arguments) {
+    (void)team;
+    const struct gather *g = arguments;
+    const struct format f = formats[g->format];
+    const long blocks = g->columns / COLUMNS, bytes = blocks * block_bytes(f.bits, f.group, f.has_min);
+#pragma omp for schedule(static) nowait
+    for (long i = 0; i < g->count; i++) {
+        const long lane = g->index[i] % PANEL;
+        const uint8_t *block = g->weight + g->index[i] / PANEL * bytes;
+        for (long b = 0; b < blocks; b++, block += bytes / blocks)
             for (int column = 0; column < COLUMNS; column++) {
                 const int quad = column / 4, at = (int)lane * 4 + column % 4;
                 const uint8_t *scale = block + 64 * f.bits + 2 * (PANEL * (column / f.group) + lane);
@@ -372,7 +406,8 @@ EXPORT void octavo_quant_rows(const uint8_t *weight, long format, long columns, 
                 memcpy(halves, scale, 2);
                 if (f.has_min) memcpy(halves + 1, scale + 2 * PANEL, 2);
                 const float value = half_to_float(halves[0]) * (float)(code - f.zero) + half_to_float(halves[1]);
-                store_value(out, type, (i * blocks + b) * COLUMNS + column, value);
+                store_value(g->out, g->type, (i * blocks + b) * COLUMNS + column, value);
             }
     }
+    return 0;
 }

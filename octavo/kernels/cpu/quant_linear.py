@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from octavo.kernels.cpu import build
+from octavo.kernels.cpu import build, native
 
 logger = logging.getLogger("octavo")
 
@@ -58,6 +58,29 @@ class Packed:
     data: Tensor
 
 
+class Product(ctypes.Structure):
+    """`struct product` of quant_linear.c."""
+
+    _fields_ = native.members(
+        "x weight bias out norm residual stream", "type rows columns format outs stride", "eps", "gated"
+    )
+
+
+class Gather(ctypes.Structure):
+    """`struct gather` of quant_linear.c."""
+
+    _fields_ = native.members("weight index out", "format columns count type")
+
+
+class Kernels:
+    """Those of a library made of SOURCES."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self.linear = native.address(library, "octavo_quant_linear")
+        self.rows = native.address(library, "octavo_quant_rows")
+        self.wide = bool(library.octavo_quant_wide())
+
+
 def pack(format: Format, codes: Tensor, scales: Tensor, minima: Tensor | None) -> Packed:
     """codes [out, in] uint8, scales and minima [out, in / group] of float32 or float16, rounded to the latter.
 
@@ -95,7 +118,7 @@ def stack(matrices: Sequence[Packed]) -> Packed:
 
 
 def linear(x: Tensor, weight: Packed, bias: Tensor | None, out: Tensor) -> None:
-    """out [T, outs] = x [T, columns] @ weight.T + bias, x rounded to 8 bits per 32 columns on the way in.
+    """out [T, outs] = x [T, columns] @ weight.T + bias, x rounded per 32 columns on the way in: see quant_linear.c.
 
     x, bias and out are of one type out of DTYPES; out's rows may lie apart.
     """
@@ -133,48 +156,53 @@ def _linear(
     rows, columns = x.shape
     assert columns == weight.columns
     x = x.contiguous()
-    failed = _library().octavo_quant_linear(
+    product = Product(
         x.data_ptr(),
+        weight.data.data_ptr(),
+        None if bias is None else bias.data_ptr(),
+        out.data_ptr(),
+        None if norm is None else norm[0].data_ptr(),
+        None if residual is None else residual.data_ptr(),
+        None if stream is None else stream.data_ptr(),
         DTYPES.index(x.dtype),
         rows,
         columns,
-        weight.data.data_ptr(),
         weight.format.number,
         weight.outs,
-        None if bias is None else bias.data_ptr(),
-        out.data_ptr(),
         stride,
-        None if norm is None else norm[0].data_ptr(),
-        None if residual is None else residual.data_ptr(),
         0.0 if norm is None else norm[1],
-        None if stream is None else stream.data_ptr(),
         gated,
     )
-    if failed:
-        raise MemoryError(f"no memory for a quantized copy of {x.numel()} activations")
+    native.run(_kernels().linear, product, rows * columns * weight.outs)
 
 
 def rows(weight: Packed, index: Tensor, dtype: torch.dtype) -> Tensor:
     """Rows index [N] int64 as floats of `dtype`, one out of DTYPES: [N, columns]."""
     out = torch.empty(index.shape[0], weight.columns, dtype=dtype)
     index = index.contiguous()
-    _library().octavo_quant_rows(
+    gather = Gather(
         weight.data.data_ptr(),
+        index.data_ptr(),
+        out.data_ptr(),
         weight.format.number,
         weight.columns,
-        index.data_ptr(),
         index.shape[0],
-        out.data_ptr(),
         DTYPES.index(dtype),
     )
+    native.run(_kernels().rows, gather, 8 * out.numel())
     return out
+
+
+def fine(format: Format) -> bool:
+    """Whether products with codes of this format take all activations as 15-bit integers, for lack of faster ones."""
+    return format.bits == 8 and _kernels().wide
 
 
 @functools.cache
 def available() -> str | None:
     """None if the kernels can run here, otherwise the reason why not, which is also logged once."""
     try:
-        _library()
+        _kernels()
     except build.BuildError as error:
         logger.warning("kernels for quantized weights are off, weights are expanded to floats: %s", error)
         return str(error)
@@ -182,18 +210,5 @@ def available() -> str | None:
 
 
 @functools.cache
-def _library() -> ctypes.CDLL:
-    return declare(build.library(SOURCES))
-
-
-def declare(library: ctypes.CDLL) -> ctypes.CDLL:
-    """Sets the signatures of the functions of a library made of SOURCES."""
-    pointer, long = ctypes.c_void_p, ctypes.c_long
-    library.octavo_quant_linear.argtypes = [
-        *(pointer, long, long, long, pointer, long, long, pointer, pointer, long),
-        *(pointer, pointer, ctypes.c_float, pointer, ctypes.c_int),
-    ]
-    library.octavo_quant_linear.restype = ctypes.c_int
-    library.octavo_quant_rows.argtypes = [pointer, long, long, pointer, long, pointer, long]
-    library.octavo_quant_rows.restype = None
-    return library
+def _kernels() -> Kernels:
+    return Kernels(build.library(SOURCES))

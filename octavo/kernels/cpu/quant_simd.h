@@ -45,7 +45,6 @@ INLINE float half_to_float(uint16_t half) {
 #include <immintrin.h>
 
 #define VECS 1
-#define MAX_ROWS 8
 #define WIDE_X 0
 #define SIGNED_BYTES 0
 typedef __m512i codes, sums, ints;
@@ -70,16 +69,16 @@ INLINE ints add_ints(ints a, ints b) { return _mm512_add_epi32(a, b); }
 INLINE ints sub_ints(ints a, ints b) { return _mm512_sub_epi32(a, b); }
 INLINE floats all_floats(float value) { return _mm512_set1_ps(value); }
 INLINE floats to_floats(ints a) { return _mm512_cvtepi32_ps(a); }
-INLINE floats multiply(floats a, floats b) { return _mm512_mul_ps(a, b); }
+INLINE floats multiply_floats(floats a, floats b) { return _mm512_mul_ps(a, b); }
 INLINE floats multiply_add(floats a, floats b, floats c) { return _mm512_fmadd_ps(a, b, c); }
 INLINE floats load_halves(const uint8_t *p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p)); }
+INLINE floats load_floats(const float *p) { return _mm512_loadu_ps(p); }
 INLINE void store_floats(float *p, floats a) { _mm512_storeu_ps(p, a); }
 
 #elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 #include <immintrin.h>
 
 #define VECS 2
-#define MAX_ROWS 4
 #define SIGNED_BYTES 0
 typedef __m256i codes, sums, ints;
 typedef __m256 floats;
@@ -98,10 +97,11 @@ INLINE ints add_ints(ints a, ints b) { return _mm256_add_epi32(a, b); }
 INLINE ints sub_ints(ints a, ints b) { return _mm256_sub_epi32(a, b); }
 INLINE floats all_floats(float value) { return _mm256_set1_ps(value); }
 INLINE floats to_floats(ints a) { return _mm256_cvtepi32_ps(a); }
-INLINE floats multiply(floats a, floats b) { return _mm256_mul_ps(a, b); }
+INLINE floats multiply_floats(floats a, floats b) { return _mm256_mul_ps(a, b); }
 INLINE floats multiply_add(floats a, floats b, floats c) { return _mm256_fmadd_ps(a, b, c); }
 INLINE floats load_halves(const uint8_t *p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p)); }
-INLINE void store_floats(float *p, floats a) { _mm256_storeu_ps(p, a); }
+INLINE floats load_floats(const float *p) { return _mm256_load_ps(p); }
+INLINE void store_floats(float *p, floats a) { _mm256_store_ps(p, a); }
 
 #if defined(__AVXVNNI__) || (defined(__AVX512VNNI__) && defined(__AVX512VL__))
 #define WIDE_X 0
@@ -117,22 +117,20 @@ INLINE sums dot(const int bits, sums s, codes w, const int8_t *x) {
 }
 #else
 /* Pairs of products sum in 16 bits: 16 of them at 15 * 127 each fit, 4 at 63 * 127. With codes of 8 bits not even two
-   do: there codes and x are 16 bits wide, x in the order 0 2 1 3, and sums are of 32 bits. That is half the speed, and
-   slower than floats, which sum such products as exactly: these serve where enough rows share their making. */
+   do: there codes and x are 16 bits wide, x in the order 0 2 1 3, and sums are of 32 bits, at half the speed. The empty
+   asm keeps the compiler from adding up later, which takes more registers than there are. */
 #define WIDE_X 1
-INLINE floats code_column(codes w, const int column) { /* 0..3 of 8-bit codes, less 128 */
-    const __m256i words = _mm256_and_si256(_mm256_srli_epi32(w, 8 * column), _mm256_set1_epi32(255));
-    return _mm256_cvtepi32_ps(_mm256_sub_epi32(words, _mm256_set1_epi32(128)));
-}
-INLINE floats load_floats(const float *p) { return _mm256_loadu_ps(p); }
 INLINE int run(const int bits) { return bits == 6 ? 2 : 8; }
 INLINE ints widen(const int bits, sums s) { return bits == 8 ? s : _mm256_madd_epi16(s, _mm256_set1_epi16(1)); }
 INLINE sums dot(const int bits, sums s, codes w, const int8_t *x) {
     if (bits == 8) {
         s = _mm256_add_epi32(s, _mm256_madd_epi16(_mm256_and_si256(w, _mm256_set1_epi16(255)), spread(x)));
-        return _mm256_add_epi32(s, _mm256_madd_epi16(_mm256_srli_epi16(w, 8), spread(x + 4)));
-    }
-    return _mm256_add_epi16(s, _mm256_maddubs_epi16(w, spread(x)));
+        __asm__("" : "+x"(s));
+        s = _mm256_add_epi32(s, _mm256_madd_epi16(_mm256_srli_epi16(w, 8), spread(x + 4)));
+    } else
+        s = _mm256_add_epi16(s, _mm256_maddubs_epi16(w, spread(x)));
+    __asm__("" : "+x"(s));
+    return s;
 }
 #endif
 
@@ -140,7 +138,6 @@ INLINE sums dot(const int bits, sums s, codes w, const int8_t *x) {
 #include <arm_neon.h>
 
 #define VECS 4
-#define MAX_ROWS 4
 #define WIDE_X 0
 #define SIGNED_BYTES 1 /* the instruction multiplies signed bytes: 8-bit codes lose their 128 when read */
 typedef uint8x16_t codes;
@@ -165,13 +162,14 @@ INLINE ints add_ints(ints a, ints b) { return vaddq_s32(a, b); }
 INLINE ints sub_ints(ints a, ints b) { return vsubq_s32(a, b); }
 INLINE floats all_floats(float value) { return vdupq_n_f32(value); }
 INLINE floats to_floats(ints a) { return vcvtq_f32_s32(a); }
-INLINE floats multiply(floats a, floats b) { return vmulq_f32(a, b); }
+INLINE floats multiply_floats(floats a, floats b) { return vmulq_f32(a, b); }
 INLINE floats multiply_add(floats a, floats b, floats c) { return vfmaq_f32(c, a, b); }
 INLINE floats load_halves(const uint8_t *p) {
     uint16x4_t bits;
     memcpy(&bits, p, 8);
     return vcvt_f32_f16(vreinterpret_f16_u16(bits));
 }
+INLINE floats load_floats(const float *p) { return vld1q_f32(p); }
 INLINE void store_floats(float *p, floats a) { vst1q_f32(p, a); }
 
 #else /* vectors of the compiler's own */
@@ -181,7 +179,6 @@ INLINE void store_floats(float *p, floats a) { vst1q_f32(p, a); }
 #define UNROLL
 
 #define VECS 4
-#define MAX_ROWS 2
 #define WIDE_X 0
 #define SIGNED_BYTES 0
 typedef uint8_t codes __attribute__((vector_size(16)));
@@ -210,18 +207,24 @@ INLINE ints add_ints(ints a, ints b) { return a + b; }
 INLINE ints sub_ints(ints a, ints b) { return a - b; }
 INLINE floats all_floats(float value) { return (floats){value, value, value, value}; }
 INLINE floats to_floats(ints a) { return (floats){a[0], a[1], a[2], a[3]}; }
-INLINE floats multiply(floats a, floats b) { return a * b; }
+INLINE floats multiply_floats(floats a, floats b) { return a * b; }
 INLINE floats multiply_add(floats a, floats b, floats c) { return a * b + c; }
 INLINE floats load_halves(const uint8_t *p) {
     uint16_t bits[4];
     memcpy(bits, p, 8);
     return (floats){half_to_float(bits[0]), half_to_float(bits[1]), half_to_float(bits[2]), half_to_float(bits[3])};
 }
+INLINE floats load_floats(const float *p) {
+    floats v;
+    memcpy(&v, p, sizeof v);
+    return v;
+}
 INLINE void store_floats(float *p, floats a) { memcpy(p, &a, sizeof a); }
 
 #endif
 
 #define LANES (16 / VECS)
+#define MAX_ROWS 6 /* that share the reading of a block */
 #if !defined(UNROLL) && defined(__clang__)
 #define UNROLL _Pragma("unroll")
 #elif !defined(UNROLL)

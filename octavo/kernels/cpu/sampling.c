@@ -6,6 +6,7 @@
  * logarithms are computed only where a cheap upper bound says that the token could win.
  */
 #include "common.h"
+#include "team.h"
 
 #define BINS 2048
 #define PER_UNIT 64 /* bins for a unit of z; the last bin holds all that is lower */
@@ -204,34 +205,28 @@ static long highest(const float *row, long vocab) {
 }
 
 typedef struct {
-    const float *logits, *temperature, *top_p, *min_p;
+    const void *logits; /* rows of [vocab] floats or bfloat16, `stride` elements apart */
+    const float *temperature, *top_p, *min_p;
     const int32_t *top_k;
     const int64_t *seed;
     const int64_t *position; /* [rows] */
     const int64_t *lines;    /* [rows] where in the other parameters a row's are; NULL: at its own index */
     int64_t *last_token;     /* NULL, or gets a row's token at its line */
     int64_t *tokens;         /* [rows] */
-    int64_t rows, vocab;
-    int64_t stride;          /* floats from a row of logits to the next */
+    int64_t rows, vocab, stride, half;
 } Sampling;
 
-/* False if there is no memory. */
-static bool sample_row(const Sampling *s, long row) {
-    const float *logits = s->logits + row * s->stride;
+/* The token of a row of logits; `z` is room for twice as many. */
+static long sample_row(const Sampling *s, long row, const float *logits, float *z) {
     const long vocab = s->vocab, best = highest(logits, vocab), line = s->lines ? s->lines[row] : row;
     const float temperature = s->temperature[line], top = logits[best];
-    s->tokens[row] = best;
-    if (!(temperature > 0.0f)) return true;
+    if (!(temperature > 0.0f)) return best;
     const Keys keys = keys_of(s->seed[line], s->position[row]);
     const int32_t k = s->top_k[line];
     const bool limited = k > 0 && k < vocab, nucleus = s->top_p[line] < 1.0f;
     float lowest = s->min_p[line] > 0.0f ? logf(s->min_p[line]) : -INFINITY;
-    if (!limited && !nucleus) {
-        s->tokens[row] = draw(logits, vocab, top, temperature, lowest, keys, best, true);
-        return true;
-    }
-    float *z = borrow(8 * vocab), *scratch = z + vocab;
-    if (!z) return false;
+    if (!limited && !nucleus) return draw(logits, vocab, top, temperature, lowest, keys, best, true);
+    float *scratch = z + vocab;
     long i = 0;
     for (; i + VL <= vocab; i += VL) store(z + i, (load(logits + i) - top) / temperature);
     for (; i < vocab; i++) z[i] = (logits[i] - top) / temperature;
@@ -240,17 +235,65 @@ static bool sample_row(const Sampling *s, long row) {
         lowest = kth > lowest ? kth : lowest;
     }
     if (nucleus) lowest = threshold(z, vocab, lowest, s->top_p[line], true, true, scratch);
-    s->tokens[row] = draw(z, vocab, top, temperature, lowest, keys, best, false);
-    give_back(z, 8 * vocab);
-    return true;
+    return draw(z, vocab, top, temperature, lowest, keys, best, false);
 }
 
-/* Returns 0, or 1 if there was no memory. */
-EXPORT int sample(const Sampling *s) {
+EXPORT int sample(Team *team, const void *arguments) {
+    (void)team;
+    const Sampling *s = arguments;
+    const long vocab = s->vocab;
     int failed = 0;
-#pragma omp parallel for schedule(dynamic, 1) reduction(| : failed) if (s->rows > 1)
-    for (long row = 0; row < s->rows; row++) failed |= !sample_row(s, row);
+#pragma omp for schedule(dynamic, 1)
+    for (long row = 0; row < s->rows; row++) {
+        float *memory = borrow(12 * vocab);
+        failed |= !memory;
+        if (!memory) continue;
+        const float *logits = (const float *)s->logits + row * s->stride;
+        if (s->half) {
+            widen_row(memory, (const bf16 *)s->logits + row * s->stride, vocab);
+            logits = memory;
+        }
+        s->tokens[row] = sample_row(s, row, logits, memory + vocab);
+        give_back(memory, 12 * vocab);
+    }
+#pragma omp single nowait
     for (long row = 0; s->last_token && row < s->rows; row++)
         s->last_token[s->lines ? s->lines[row] : row] = s->tokens[row];
     return failed;
+}
+
+typedef struct {
+    uint32_t *logits;     /* rows of [vocab] floats, `stride` apart */
+    const int64_t *at;    /* [rows] of logits */
+    const uint32_t *bits; /* [rows][words] */
+    int64_t rows, vocab, stride, words;
+} Masking;
+
+/* Leaves those of n <= 32 logits whose bit is set; whether one above -inf is among them. */
+INLINE bool mask_word(uint32_t *logits, uint32_t word, long n) {
+    const uint32_t none = 0xff800000u; /* -inf */
+    uint32_t some = 0;
+    for (long i = 0; i < n; i++) {
+        const uint32_t keep = -(word >> i & 1u), kept = (logits[i] & keep) | (none & ~keep);
+        logits[i] = kept;
+        some |= kept ^ none;
+    }
+    return some != 0;
+}
+
+EXPORT int apply_masks(Team *team, const void *arguments) {
+    (void)team;
+    const Masking *m = arguments;
+    const long whole = m->vocab / 32;
+#pragma omp for schedule(static)
+    for (long row = 0; row < m->rows; row++) {
+        uint32_t *logits = m->logits + m->at[row] * m->stride;
+        const uint32_t *bits = m->bits + row * m->words;
+        bool left = false;
+        for (long w = 0; w < whole; w++) left |= mask_word(logits + 32 * w, bits[w], 32);
+        if (m->vocab % 32) left |= mask_word(logits + 32 * whole, bits[whole], m->vocab % 32);
+        for (long i = 0; !left && i < m->vocab; i++)
+            if (bits[i / 32] >> (i % 32) & 1) logits[i] = 0;
+    }
+    return 0;
 }

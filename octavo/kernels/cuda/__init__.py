@@ -17,11 +17,12 @@ from octavo.kernels.cuda.logprobs import log_softmax, top_logprobs
 from octavo.kernels.cuda.norm import add_rms_norm, rms_norm
 from octavo.kernels.cuda.rope import rope_norm_write_kv, rotation
 from octavo.kernels.cuda.sampling import sample, sample_rows
-from octavo.kernels.reference import apply_penalties, slots, verify
+from octavo.kernels.reference import apply_masks, apply_penalties, slots, verify
 
 __all__ = [
     "add_rms_norm",
     "apply_diffs",
+    "apply_masks",
     "apply_penalties",
     "commit_tokens",
     "embedding",

@@ -22,6 +22,7 @@ def _prepare_decode(
     tables: tl.tensor,
     tokens: tl.tensor,
     positions: tl.tensor,
+    next_positions: tl.tensor,
     seq_lens: tl.tensor,
     slots: tl.tensor,
     size: tl.tensor,
@@ -44,6 +45,7 @@ def _prepare_decode(
     position = tl.load(num_computed + row, mask=real, other=0)
     tl.store(tokens + at, tl.load(last_token + row, mask=real, other=0), mask=inside)
     tl.store(positions + at, position, mask=inside)
+    tl.store(next_positions + at, position + 1, mask=inside)
     tl.store(seq_lens + at, (position + 1).to(tl.int32), mask=inside)
     for group in tl.static_range(GROUPS):
         entry = tables + group * group_stride + row * row_stride + position // BLOCK_SIZE
@@ -61,14 +63,16 @@ def prepare_decode(
     *,
     tokens: Tensor,
     positions: Tensor,
+    next_positions: Tensor,
     seq_lens: Tensor,
     slots: Tensor,
 ) -> None:
     """Lays out a step of one token a row and advances num_computed by it.
 
     rows [B] integers, without repeats but for the padding row R; last_token, num_computed [R+1] int64; tables
-    [G, R+1, max_blocks] int32. Writes tokens, positions [B] int64, seq_lens [B] int32 = position + 1, slots [G, B]
-    int64. A padding row is token 0 at position 0, goes to slot 0 (in the padding block) and does not grow.
+    [G, R+1, max_blocks] int32. Writes tokens, positions, next_positions [B] int64 and seq_lens [B] int32, both
+    position + 1, and slots [G, B] int64. A padding row is token 0 at position 0, goes to slot 0 (in the padding block)
+    and does not grow.
     """
     size, dependent = rows.shape[0], pdl()
     _prepare_decode[(cdiv(size, _BLOCK),)](
@@ -78,6 +82,7 @@ def prepare_decode(
         tables,
         tokens,
         positions,
+        next_positions,
         seq_lens,
         slots,
         size,
