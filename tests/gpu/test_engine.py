@@ -55,7 +55,7 @@ def run(folder: Path, *, graphs: bool, overlap: int, dtype: str = "bfloat16", de
         folder, dtype=dtype, device=device, overlap=overlap, max_num_seqs=12, max_num_batched_tokens=256,
         num_gpu_blocks_override=400, max_model_len=512,
     )  # fmt: skip
-    executor = InlineExecutor(config, Worker(config, graphs=graphs))
+    executor = InlineExecutor(config, Worker(config, record=graphs))
     engine = Engine(config, executor=executor)
     engine.load()
     for request in requests():

@@ -168,13 +168,13 @@ def check_prepare_decode(kernels: ModuleType, device: str, size: int, groups: in
     def run(backend: Any, device: str) -> list[Tensor]:
         state = [t.to(device, copy=True) for t in (rows, last_token, num_computed, tables)]
         total = size + padding
-        tokens, positions = (torch.full((total,), -1, dtype=torch.int64, device=device) for _ in range(2))
+        tokens, positions, after = (torch.full((total,), -1, dtype=torch.int64, device=device) for _ in range(3))
         lens = torch.full((total,), -1, dtype=torch.int32, device=device)
         slots = torch.full((groups, total + 5), -1, dtype=torch.int64, device=device)[:, :total]
         for _ in range(2):
-            out = {"tokens": tokens, "positions": positions, "seq_lens": lens, "slots": slots}
+            out = {"tokens": tokens, "positions": positions, "next_positions": after, "seq_lens": lens, "slots": slots}
             backend.prepare_decode(*state, block_size, **out)
-        return [t.cpu() for t in (tokens, positions, lens, slots, *state)]
+        return [t.cpu() for t in (tokens, positions, after, lens, slots, *state)]
 
     for actual, expected in zip(run(kernels, device), run(reference, "cpu"), strict=True):
         assert torch.equal(actual, expected)
