@@ -1,6 +1,6 @@
 """Times the CPU's matrix products at the shapes of the embedded model, beside what the machine can do at all.
 
-python -m benchmarks.cpu_products [--formats fp32,bf16,q4_1,q8_0] [--tokens 1,8,32,64,128,512] [--threads 1,2] [--shapes qkv,...]
+python -m benchmarks.cpu_products [--formats fp32,bf16,q4_1] [--tokens 1,8,64] [--threads 1,2] [--shapes qkv,head]
 
 A line is one format, number of tokens and number of threads: GB/s of weights and GFLOP/s (2 operations a weight and
 token) of each shape. Every call meets other weights than the one before, of which there are more than caches hold.
@@ -90,7 +90,7 @@ def main() -> None:
         torch.set_num_threads(count)
         limits = measure_limits("cpu", "float32")
         print(f"{count} threads: {limits.bandwidth / 1e9:.1f} GB/s read, {limits.flops / 1e9:.1f} GFLOP/s of float32")
-    print(f"{'':16s}" + "".join(f"{name:>16s}" for name in shapes) + "   GB/s GFLOP/s")
+    print(f"{'GB/s, GFLOP/s':16s}" + "".join(f"{name:>14s}  " for name in shapes))
     for name in args.formats.split(","):
         made = {}
         for shape, (out, columns) in shapes.items():

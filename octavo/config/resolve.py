@@ -73,8 +73,7 @@ def resolve(args: EngineArgs, model: ModelFacts, device: DeviceFacts) -> tuple[E
             f" but {device.count} can be seen from {device.name} number {device.index} on: lower them"
         )
     if device.kind == "cpu":
-        share = device.free_memory // (tensor * pipeline)
-        device = msgspec.structs.replace(device, free_memory=share, cores=max(device.cores // (tensor * pipeline), 1))
+        device = msgspec.structs.replace(device, free_memory=device.free_memory // (tensor * pipeline))
     dtype, dtype_reason = _dtype(args, model, device)
     load_format, format_reason = _load_format(args, model)
     length, length_reason = _max_model_len(args, model)

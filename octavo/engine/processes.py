@@ -15,7 +15,6 @@ processes: a rank that dies takes all others along, and nothing of them is left.
 from __future__ import annotations
 
 import contextlib
-import os
 import queue
 import signal
 import struct
@@ -70,7 +69,6 @@ class Processes:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             pass_fds=descriptors,
-            env=os.environ | ({"OMP_NUM_THREADS": str(threads(config))} if config.device.kind == "cpu" else {}),
         )
         frame = msgspec.msgpack.encode(Start(of_rank(config, rank), port))
         assert process.stdin is not None
@@ -175,8 +173,6 @@ class ProcessExecutor:
         if config.device.kind == "cuda":
             device = torch.device("cuda", config.device.index)
             torch.cuda.set_device(device)
-        else:
-            torch.set_num_threads(threads(config))
         store = open_store()
         self._processes = Processes(config, store.port, self._on_death)
         try:
@@ -254,12 +250,6 @@ def of_rank(config: EngineConfig, rank: int) -> EngineConfig:
         return config
     device = msgspec.structs.replace(config.device, index=config.device.index + rank)
     return msgspec.structs.replace(config, device=device)
-
-
-def threads(config: EngineConfig) -> int:
-    """Of each rank on a CPU: its share of the cores, or fewer where OMP_NUM_THREADS says so."""
-    given = os.environ.get("OMP_NUM_THREADS", "")
-    return min(config.device.cores, int(given)) if given.isdigit() and int(given) else config.device.cores
 
 
 def _cause(rank: int, pid: int, code: int, words: str) -> OctavoError:

@@ -96,8 +96,8 @@ class NcclComm:
 class Pipe:
     """A rank's line through the stages: hidden states go down it, sampled tokens come back to its beginning.
 
-    They use groups of their own: one waits for the other's steps, and a group works in order. Sends do not wait for
-    the receiver: no more plans than stages are on their way.
+    They use groups of their own: one waits for the other's steps, and a group works in order. The host waits for no
+    receiver: no more plans than stages are on their way.
     """
 
     def __init__(self, stream: Any, tokens: Any, place: Place) -> None:
@@ -122,7 +122,13 @@ class Pipe:
         return self._tokens.recv([into], self.place.stages - 1, 1)
 
     def _keep(self, work: Any, tensor: Tensor) -> None:
-        """Holds the tensor while it is on its way; what so many plans ago was sent has arrived."""
+        """Holds the tensor while it is on its way; what so many plans ago was sent has arrived.
+
+        On a GPU the stream holds it instead: the host does not wait, and a graph can capture it.
+        """
+        if tensor.is_cuda:
+            work.wait()
+            return
         self._sent.append((work, tensor))
         if len(self._sent) > self.place.stages + 1:
             self._sent.popleft()[0].wait()

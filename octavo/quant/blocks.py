@@ -37,9 +37,10 @@ class Blocks:
         size, nbytes = block_of(self.type)
         return self.data.shape[0], self.data.shape[1] // nbytes * size
 
-    def __getitem__(self, index: tuple[slice, slice]) -> Blocks:
+    def __getitem__(self, index: tuple[slice, ...], /) -> Blocks:
         """Rows and columns, counted in numbers; ConfigError where a range of columns cuts a block."""
-        return Blocks(self.type, self.data[index[0], whole_blocks(self.type, self.shape[1], index[1])])
+        rows, columns = index
+        return Blocks(self.type, self.data[rows, whole_blocks(self.type, self.shape[1], columns)])
 
 
 def whole_blocks(type_name: str, columns: int, cut: slice) -> slice:

@@ -14,7 +14,6 @@ from msgspec import Raw
 
 from octavo.core.params import SamplingParams
 from octavo.server.table import BoundedAs, Bulky, Form, Inert, Spelled, Unbuilt
-from octavo.server.table import parse as parse
 
 Refused = Annotated[Any, Unbuilt()]
 RefusedFlag = Annotated[Any, Unbuilt((False,))]

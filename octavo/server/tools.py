@@ -50,7 +50,7 @@ class Tools:
     """What the model may call: at least one function."""
 
     functions: Sequence[Mapping[str, Any]]
-    """name, description and parameters of each."""
+    """name, description where given, and parameters of each."""
     positions: Sequence[int]
     """Where each stands in the request's `tools`."""
     choice: Choice
@@ -146,8 +146,8 @@ def _functions(tools: Sequence[msgspec.Raw]) -> list[dict[str, Any]]:
         parameters = _NOTHING if function.parameters is None else function.parameters
         if parameters.get("type", "object") != "object":
             raise InvalidRequest(f"{where}.parameters must describe an object", f"{where}.parameters")
-        told = {"name": name} if function.description is None else {"name": name, "description": function.description}
-        functions[name] = {**told, "parameters": parameters}
+        given = {"name": name, "description": function.description, "parameters": parameters}
+        functions[name] = {key: value for key, value in given.items() if value is not None}
     return list(functions.values())
 
 

@@ -217,7 +217,7 @@ def _is_multiple(value: object) -> bool:
         return False
     digits = Decimal(str(value)).normalize().as_tuple()
     assert isinstance(digits.exponent, int)
-    units = int("".join(map(str, digits.digits))) * 10 ** max(digits.exponent, 0)
+    units: int = int("".join(map(str, digits.digits))) * 10 ** max(digits.exponent, 0)
     return units <= MAX_MULTIPLE
 
 

@@ -1,7 +1,7 @@
-"""Text on its way in and out: tokenizers, incremental detokenizing, stop strings, chat templates.
+"""Text on its way in and out: tokenizers, incremental detokenizing, stop strings, chat templates, parsers of outputs.
 
 Owns everything that knows both characters and tokens; reads tokenizer files through octavo.formats. Knows nothing about
-requests, sampling or the engine. Start reading at tokenizer.py.
+requests, sampling or the engine. Start reading at tokenizer.py; parsing/ is imported by its name.
 """
 
 from octavo.text.chat import ChatPrompt

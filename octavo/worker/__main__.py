@@ -55,8 +55,6 @@ def _load(rank: int, start: Start, say: Callable[[str], None]) -> Worker:
     if config.device.kind == "cuda":
         device = torch.device("cuda", config.device.index)
         torch.cuda.set_device(device)
-    else:
-        torch.set_num_threads(min(torch.get_num_threads(), config.device.cores))
     place = place_of(rank, config.parallel.tensor, config.parallel.pipeline)
     worker = Worker(config, connect(place, join_store(start.port), device))
     worker.load()

@@ -61,7 +61,7 @@ def decode_frame(data: bytes) -> Frame:
             return Sample(None)
         case b"M":
             lines, words = _SHAPE.unpack_from(content)
-            numbers = np.frombuffer(content, "<i4", offset=_SHAPE.size)
+            numbers = np.frombuffer(content, "<i4", offset=_SHAPE.size).astype(np.int32)
             return Sample(Masks(numbers[:lines], numbers[lines:].reshape(lines, words)))
         case _:
             return Order(kind)

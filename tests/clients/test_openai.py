@@ -20,8 +20,8 @@ from tests.clients.conftest import Address
 from tests.clients.scripted import ScriptedBackend, call, chosen
 
 
-def client_of(address: Address, **options: Any) -> OpenAI:
-    return OpenAI(base_url=address.base_url, **{"api_key": address.key, "max_retries": 0, "timeout": 60.0} | options)
+def client_of(address: Address, key: str | None = None) -> OpenAI:
+    return OpenAI(base_url=address.base_url, api_key=key or address.key, max_retries=0, timeout=60)
 
 
 @pytest.fixture(scope="session")
@@ -369,7 +369,8 @@ def test_tools_stream_as_they_come_whole(client: OpenAI, backend: ScriptedBacken
     text = "<think>which?</think>Well: " + call("get_weather", '{"city": "Oslo", "days": 3}') + call("get_time", "{}")
     backend.say(text, text)
     whole = client.chat.completions.create(model=name, messages=user(), tools=[WEATHER, CLOCK]).choices[0]
-    content, made, reason = "", {}, None
+    content, reason = "", None
+    made: dict[int, list[str]] = {}
     for chunk in client.chat.completions.create(model=name, messages=user(), tools=[WEATHER, CLOCK], stream=True):
         (part,) = chunk.choices
         content += part.delta.content or ""
@@ -379,7 +380,7 @@ def test_tools_stream_as_they_come_whole(client: OpenAI, backend: ScriptedBacken
             if delta.index not in made:
                 assert delta.id
                 assert delta.type == "function"
-                made[delta.index] = [delta.function.name, ""]
+                made[delta.index] = [delta.function.name or "", ""]
             made[delta.index][1] += delta.function.arguments or ""
     assert content == (whole.message.content or "")
     assert reason == whole.finish_reason == "tool_calls"
@@ -629,7 +630,7 @@ def test_keywords_that_are_not_enforced_are_refused(client: OpenAI, name: str, s
 
 
 def test_a_wrong_key_and_a_wrong_model(client: OpenAI, scripted: Address) -> None:
-    with client_of(scripted, api_key="wrong") as other, pytest.raises(openai.AuthenticationError) as refused:
+    with client_of(scripted, "wrong") as other, pytest.raises(openai.AuthenticationError) as refused:
         other.models.list()
     assert refused.value.status_code == 401
     with pytest.raises(openai.NotFoundError) as missing:

@@ -9,7 +9,7 @@ from typing import Literal
 import pytest
 from openai import AsyncOpenAI
 from pydantic import BaseModel, Field
-from pydantic_ai import Agent, ModelHTTPError, ModelRetry, NativeOutput, RunContext
+from pydantic_ai import Agent, ModelHTTPError, ModelRetry, NativeOutput
 from pydantic_ai.messages import ThinkingPart, ToolCallPart
 from pydantic_ai.models.openai import OpenAIChatModel
 from pydantic_ai.providers.openai import OpenAIProvider
@@ -145,7 +145,7 @@ async def test_an_output_function_may_ask_again(chat: OpenAIChatModel, backend: 
     agent = Agent(chat, output_type=City)
 
     @agent.output_validator
-    def northern(context: RunContext[None], city: City) -> City:
+    def northern(city: City) -> City:
         if city.name != "Oslo":
             raise ModelRetry("further north")
         return city

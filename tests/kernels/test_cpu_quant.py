@@ -67,8 +67,10 @@ def activations(count: int, columns: int, dtype: torch.dtype, seed: int = 1) -> 
 
 
 def rounded(x: Tensor, fine: bool) -> Tensor:
-    """What the kernel multiplies instead of x, in float64: integers times 1 / 127 of a block's largest, or of 1 / 128 of
-    that, which is where the largest has more than half of the energy, or `fine`."""
+    """What the kernel multiplies instead of x, in float64.
+
+    Integers times 1 / 127 of a block's largest, or 1 / 128 of that: if `fine`, or it has more than half the energy.
+    """
     blocks = x.double().view(x.shape[0], -1, COLUMNS)
     most = blocks.abs().amax(2, keepdim=True)
     step = torch.where(most > 0, most, 1) / 127

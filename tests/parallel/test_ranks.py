@@ -48,11 +48,26 @@ def generate(executor: Executor, config: Any) -> dict[tuple[str, int], list[int]
     for i, prompt in enumerate(([*shared, 5, 5], [5], shared[:8], [*shared, 10, 11, 12, 13])):
         params = SamplingParams(temperature=i % 2 * 0.8, seed=i, max_tokens=6 + i, ignore_eos=True)
         engine.add(Request(str(i), prompt, params, 0.0))
+    rich = SamplingParams(
+        n=2,
+        seed=9,
+        max_tokens=7,
+        frequency_penalty=0.5,
+        logprobs=2,
+        prompt_logprobs=1,
+        bad_words=["x"],
+        ignore_eos=True,
+    )
+    engine.add(Request("rich", shared, rich, 0.0, bad_word_ids=[[4]]))
     got: dict[tuple[str, int], list[int]] = {}
     while engine.has_work():
         for delta in engine.step():
             assert delta.error is None
-            got.setdefault((delta.request_id, delta.index), []).extend(delta.token_ids)
+            key = (delta.request_id, delta.index)
+            got.setdefault(key, []).extend(delta.token_ids)
+            for entry in [*(delta.logprobs or ()), *(delta.prompt_logprobs or ())]:
+                if entry is not None:
+                    got[key] += entry.token_ids
     engine.close()
     return got
 

@@ -96,5 +96,6 @@ def test_frames_survive() -> None:
     assert again.masks is not None
     assert np.array_equal(again.masks.lines, masks.lines)
     assert np.array_equal(again.masks.bits, masks.bits)
+    assert again.masks.bits.flags.writeable  # torch takes no other
     for frame in (Sample(None), Order.WARM_UP, Order.LEAVE):
         assert decode_frame(encode_frame(frame)) == frame

@@ -150,7 +150,7 @@ def test_ranks_hold_their_share(layout: Layout, type_name: str) -> None:
 
 def test_ranks_do_not_cut_blocks() -> None:
     layer = Linear(256, Row({"out": 16}), build(GGUF(), Rank(0, 2)))
-    with pytest.raises(ConfigError, match="Q4_K, blocks of 256.*size of 1, or"):
+    with pytest.raises(ConfigError, match=r"Q4_K, blocks of 256.*size of 1, or"):
         layer.slots()["out", "weight"](blocks("Q4_K", 16, 256))
 
 

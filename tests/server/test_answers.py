@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from octavo.core.errors import ConfigError
+from octavo.server import ServerSettings
 from tests.server.scripted import LAST, ScriptedBackend, chunks_of, client_of, function
 
 USER = {"role": "user", "content": "a"}
@@ -218,3 +220,27 @@ async def test_ids_of_calls_suit_the_template() -> None:
     answer = await both(CALLS["mistral"], {"tools": TOOLS}, tool="mistral")
     ids = [call["id"] for call in answer["choices"][0]["message"]["tool_calls"]]
     assert all(len(id) == 9 and id.isalnum() for id in ids)
+
+
+@pytest.mark.parametrize("flag", ["tool_call_parser", "reasoning_parser"])
+def test_an_unknown_parser_is_refused_with_the_list(flag: str) -> None:
+    names: dict[str, Any] = {flag: "hermez"}
+    with pytest.raises(ConfigError, match=rf"--{flag.replace('_', '-')} is 'hermez'.*mistral"):
+        ServerSettings(served_model_names=("m",), **names)
+
+
+async def test_what_the_template_does_not_read_is_refused() -> None:
+    async def status(template: str, **body: Any) -> tuple[int, Any]:
+        async with client_of(ScriptedBackend(["a"], template=LAST + template)) as http:
+            answer = await http.post("/v1/chat/completions", json={"messages": [USER], **body})
+            return answer.status_code, answer.json().get("error", {}).get("param")
+
+    reads = "{{ reasoning_effort }}{{ documents }}"
+    for field, value in {"reasoning_effort": "low", "documents": [{"text": "a"}]}.items():
+        assert await status("", **{field: value}) == (400, field)
+        assert await status(reads, **{field: value}) == (200, None)
+    thinks = "{% if enable_thinking %}x{% endif %}"
+    assert await status(thinks, reasoning_effort="none") == (200, None)
+    assert await status(thinks, reasoning_effort="high") == (400, "reasoning_effort")
+    body: dict[str, Any] = {"reasoning_effort": "low", "chat_template_kwargs": {"reasoning_effort": "high"}}
+    assert await status(reads, **body) == (400, "reasoning_effort")

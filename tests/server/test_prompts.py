@@ -74,7 +74,7 @@ async def test_tools_and_variables(http: httpx.AsyncClient) -> None:
     assert EOS not in ids
     text = bytes(ids).decode()
     assert text.startswith("<system>You may call functions")
-    assert '{"name": "f", "description": "<eos>"}' in text
+    assert '{"name": "f", "description": "<eos>", "parameters": ' in text
     assert text.endswith("<user>a!<assistant>")
 
 

@@ -113,7 +113,8 @@ def test_what_the_template_is_told() -> None:
     tools = tools_of(tools=[tool])
     assert tools is not None
     (told,) = tools.told
-    assert told["function"].keys() == {"name", "description", "parameters"}
+    nothing = {"type": "object", "properties": {}, "additionalProperties": False}
+    assert told == {"type": "function", "function": {"name": "f", "description": "d", "parameters": nothing}}
 
 
 NAMED = {"type": "function", "function": {"name": "a"}}

@@ -18,7 +18,7 @@
 #define CHUNK (VL == 8 ? 768 : 640) /* columns of floats: PANEL * CHUNK * 4 bytes stay in the first-level cache */
 #define FEW 16                      /* tokens up to which widening in registers is better than in the cache */
 #define PREFETCHES ((HEIGHT * VL * 4 + 63) / 64) /* of cache lines, at most, in a step of a tile */
-#define AHEAD 512                                /* bytes that a single token's product prefetches */
+#define AHEAD 1024                                /* bytes that a single token's product prefetches */
 
 #if defined(__AVX512BF16__) && VL == 16
 #define MULTIPLIES_BF16 1

@@ -1,4 +1,4 @@
-/* Products with quantized weights: y = x W^T + bias, where W stays packed and x becomes 8-bit integers on the way in.
+/* Products with quantized weights: y = x W^T + bias, where W stays packed and x becomes integers on the way in.
 
    A matrix [out, in] is stored in panels of 16 rows, a panel in blocks of 32 columns:
      codes       4 bits: 256 bytes; vector i (64 bytes: 16 rows of 4 columns) has columns 4i.. in its low nibbles and
@@ -13,7 +13,8 @@
    Each block of 32 activations of a row becomes d * (q + r / 128), d = max |x| / 127, q and r integers of 8 bits, so that
    the product of a block is exact integer arithmetic, scaled once: d * scale * (sum(code * q) - zero * sum(q)) + minimum *
    d * sum(q). The remainder r counts only in blocks of which one value has more than half of the energy (max^2 > sum(x^2)
-   / 2), a fifth of them: there d is coarse for all others. It is multiplied like one more row of x with d / 128.
+   / 2): there d is coarse for all others. In language models that is a fifth of them, so the remainders, which are
+   multiplied like further rows of x, cost little and make the error a third.
 
    A residual addition and RMSNorm may come before, SwiGLU after. */
 
@@ -207,8 +208,8 @@ INLINE void multiply(const int bits, const int group, const int has_min, const i
 
 typedef void block_function(const uint8_t *, const struct numbers *, const struct record *const[], float *const[]);
 
-/* to[m] += ... A function for each number of rows: of one, the compiler would share work between the numbers and run out
-   of registers. */
+/* to[m] += a block times x[m]. A function for each number of rows: in one function the compiler would share work between
+   them and run out of registers. */
 #define BLOCK(name, bits, group, has_min, rows)                                                                       \
     static __attribute__((noinline)) void name##_##rows(const uint8_t *block, const struct numbers *numbers,         \
                                                         const struct record *const x[], float *const to[]) {         \
