@@ -13,11 +13,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from octavo.config import EngineArgs
 from octavo.core.errors import ConfigError, EngineDead
 from octavo.core.params import SamplingParams
+from octavo.core.plan import Masks
 from octavo.core.request import Request
 from octavo.engine import Engine, InlineExecutor
 from octavo.engine.processes import ProcessExecutor
@@ -59,6 +61,18 @@ def generate(engine: Engine) -> dict[str, list[int]]:
             assert delta.error is None
             got.setdefault(delta.request_id, []).extend(delta.token_ids)
     return got
+
+
+def generate_after_a_mask(engine: Engine) -> list[int]:
+    """The first token may only be 5; the others follow freely, so a rank that took another one would show."""
+    engine.add(Request("masked", [3, 1, 2], SamplingParams(temperature=0, max_tokens=9, ignore_eos=True), 0.0))
+    plan = engine.scheduler.schedule()
+    assert plan is not None
+    result = engine._executor.launch(plan)(Masks(np.array([0], np.int32), np.array([[1 << 5]], np.int32))).result()
+    deltas = engine.scheduler.commit(result)
+    while engine.has_work():
+        deltas += engine.step()
+    return [token for delta in deltas for token in delta.token_ids]
 
 
 def step_on(engine: Engine) -> None:
@@ -107,7 +121,8 @@ def test_tokens_equal_those_of_one_process(folder: Path, tensor: int, pipeline: 
     alone = tiny_config(folder, **OPTIONS)
     one = Engine(alone, executor=InlineExecutor(alone))
     one.load()
-    wanted = generate(one)
+    wanted, masked = generate(one), generate_after_a_mask(one)
+    assert masked[0] == 5
     config = tiny_config(folder, tensor_parallel_size=tensor, pipeline_parallel_size=pipeline, **OPTIONS)
     before, shared = open_files(), set(os.listdir("/dev/shm"))
     engine = Engine(config)
@@ -116,6 +131,7 @@ def test_tokens_equal_those_of_one_process(folder: Path, tensor: int, pipeline: 
     assert len(ranks) == tensor * pipeline - 1
     assert generate(engine) == wanted
     assert generate(engine) == wanted
+    assert generate_after_a_mask(engine) == masked
     engine.close()
     engine.close()
     assert not ranks_of(os.getpid())
