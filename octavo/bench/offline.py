@@ -168,7 +168,7 @@ def _weight_bytes(config: EngineConfig) -> float | None:
     """Of an element of a quantized matrix, as its file has it or as int8 with its scales; None: those of the dtype."""
     if config.quantization == "int8":
         return 8.5 / 8
-    if config.quantization == "native":
+    if config.quantization in ("native", "auto"):
         return Path(config.model.path).stat().st_size / config.model.num_parameters
     return None
 

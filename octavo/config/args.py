@@ -67,12 +67,13 @@ class EngineArgs(Args, frozen=True, kw_only=True):
         Meta(description="Number format of weights, activations and KV cache (half and float are aliases)"),
     ] = "auto"
     quantization: Annotated[
-        Literal["none", "native", "int8"],
+        Literal["auto", "none", "native", "int8"],
         Meta(
-            description="How weights are held: none (floats), native (a GGUF file's own formats, on a CPU: less memory "
-            "and faster for one user, activations rounded to 8 bits), or int8 (rounded when loaded, on a CPU)"
+            description="How weights are held: none (floats), native (a GGUF file's own 4 to 8 bits, on a CPU: less "
+            "memory and faster), or int8 (rounded when loaded, on a CPU); auto is native for a GGUF file on a CPU "
+            "unless --dtype is given, otherwise none"
         ),
-    ] = "none"
+    ] = "auto"
     seed: Annotated[
         int, Meta(ge=0, le=2**63 - 1, description="Seed of dummy weights and of requests that bring none")
     ] = 0

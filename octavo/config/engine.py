@@ -56,7 +56,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     device: DeviceFacts
     dtype: str
     load_format: Literal["auto", "safetensors", "gguf", "dummy"]
-    quantization: Literal["none", "native", "int8"] = "none"
+    quantization: Literal["auto", "none", "native", "int8"] = "none"
+    """auto: native where the kernels for it can be had, else none."""
     seed: int
     cache: CacheConfig
     scheduler: SchedulerConfig

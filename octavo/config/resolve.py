@@ -35,7 +35,7 @@ MAX_NUM_BATCHED_TOKENS = {"cpu": 512, "cuda": 8192}
 RESERVE = {"cpu": GIB // 2, "cuda": GIB}
 """What libraries, workspaces and the allocator's rounding take beside tensors of ours."""
 CPU_KV_CACHE = 4 * GIB
-QUANT_BLOCK = {"none": 1, "native": 32, "int8": 32}
+QUANT_BLOCK = {"auto": 1, "none": 1, "native": 32, "int8": 32}
 """Inputs that share a scale, by quantization; a GGUF file's format may ask for more, which loading tells."""
 MAX_BLOCKS = 1 << 20
 """Where a pool sized by us ends: its bookkeeping would cost more than further pages bring."""
@@ -76,6 +76,7 @@ def resolve(args: EngineArgs, model: ModelFacts, device: DeviceFacts) -> tuple[E
         device = msgspec.structs.replace(device, free_memory=device.free_memory // (tensor * pipeline))
     dtype, dtype_reason = _dtype(args, model, device)
     load_format, format_reason = _load_format(args, model)
+    quantization, quantization_reason = _quantization(args, device, load_format)
     length, length_reason = _max_model_len(args, model)
     seqs, seqs_reason = _max_num_seqs(args, device)
     tokens, tokens_reason = _max_num_batched_tokens(args, device, seqs, length)
@@ -99,7 +100,7 @@ def resolve(args: EngineArgs, model: ModelFacts, device: DeviceFacts) -> tuple[E
         device=device,
         dtype=dtype,
         load_format=load_format,
-        quantization=args.quantization,
+        quantization=quantization,
         seed=args.seed,
         cache=CacheConfig(
             block_size=args.block_size,
@@ -118,6 +119,7 @@ def resolve(args: EngineArgs, model: ModelFacts, device: DeviceFacts) -> tuple[E
         Decision("device", device.name, _asked(args.device != "auto", "the best that was found")),
         Decision("dtype", dtype, dtype_reason),
         Decision("load_format", load_format, format_reason),
+        Decision("quantization", quantization, quantization_reason),
         Decision("max_model_len", str(length), length_reason),
         Decision("max_num_seqs", str(seqs), seqs_reason),
         Decision("max_num_batched_tokens", str(tokens), tokens_reason),
@@ -188,6 +190,17 @@ def _load_format(args: EngineArgs, model: ModelFacts) -> tuple[Literal["safetens
             f"--load-format is {args.load_format!r}, but {model.path} holds {model.files}: leave the flag out"
         )
     return model.files, _asked(args.load_format != "auto", "the files that are there")
+
+
+def _quantization(
+    args: EngineArgs, device: DeviceFacts, load_format: str
+) -> tuple[Literal["auto", "none", "native", "int8"], str]:
+    if args.quantization != "auto":
+        return args.quantization, "as given"
+    alone = args.tensor_parallel_size * args.pipeline_parallel_size == 1
+    if device.kind == "cpu" and load_format == "gguf" and args.dtype == "auto" and alone:
+        return "auto", "the file's own formats where their kernels compile, otherwise floats"
+    return "none", "floats"
 
 
 def _max_model_len(args: EngineArgs, model: ModelFacts) -> tuple[int, str]:

@@ -10,7 +10,7 @@ from octavo.core.errors import ConfigError
 from octavo.quant.dense import Dense
 from octavo.quant.scheme import Scheme
 
-Quantization = Literal["native", "none", "int8"]
+Quantization = Literal["auto", "native", "none", "int8"]
 
 
 def scheme_for(
@@ -23,7 +23,7 @@ def scheme_for(
     """The scheme for weights read from `files` ("none": random ones) and computed with in `dtype`.
 
     none: floats. native: a GGUF file's own formats. int8: rounded at load. These two need a CPU with a C compiler and
-    float32 or bfloat16; raises ConfigError where they cannot be had.
+    float32 or bfloat16; raises ConfigError where they cannot be had. auto: native, or floats where there are no kernels.
     """
     if quantization == "none":
         return Dense()
@@ -40,8 +40,10 @@ def scheme_for(
     from octavo.kernels.cpu import quant_linear
 
     if (reason := quant_linear.available()) is not None:
+        if quantization == "auto":
+            return Dense()
         raise ConfigError(f"quantization {quantization} needs compiled kernels: {reason}")
     from octavo.quant.gguf import GGUF
     from octavo.quant.int8 import Int8
 
-    return GGUF() if quantization == "native" else Int8()
+    return Int8() if quantization == "int8" else GGUF()

@@ -367,3 +367,13 @@ def test_stages_hold_about_the_same(model: ModelFacts, stages: int) -> None:
     loads[0] += model.vocab_size * model.hidden_size
     loads[-1] += model.vocab_size * model.hidden_size
     assert max(loads) - min(loads) < 1.01 * one or len(layers[loads.index(max(loads))]) == 1
+
+
+def test_a_gguf_file_keeps_its_formats_on_a_cpu_unless_floats_are_asked_for() -> None:
+    gguf = msgspec.structs.replace(SMALL, files="gguf")
+    assert config(gguf, CPU).quantization == "auto"
+    assert config(gguf, CPU, dtype="float32").quantization == "none"
+    assert config(gguf, CPU, quantization="native", dtype="float32").quantization == "native"
+    assert config(gguf, CPU, tensor_parallel_size=2).quantization == "none"
+    assert config(gguf, CPU, load_format="dummy").quantization == "none"
+    assert config(gguf, GPU).quantization == config(SMALL, CPU).quantization == "none"

@@ -7,7 +7,7 @@ import torch
 
 from octavo.core.errors import ConfigError
 from octavo.kernels.cpu import quant_linear
-from octavo.quant import Dense, scheme_for
+from octavo.quant import scheme_for
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 
@@ -32,6 +32,7 @@ def name(quantization: Any, files: Any, device_kind: str, dtype: torch.dtype) ->
     [
         ("native", "gguf", "cpu", F32, "GGUF"),
         ("native", "gguf", "cpu", BF16, "GGUF"),
+        ("auto", "gguf", "cpu", F32, "GGUF"),
         ("none", "gguf", "cpu", F32, "Dense"),
         ("none", "gguf", "cuda", BF16, "Dense"),
         ("int8", "gguf", "cpu", F32, "Int8"),
@@ -44,7 +45,8 @@ def test_choice(quantization: str, files: str, device: str, dtype: torch.dtype, 
 
 @pytest.mark.usefixtures("not_compiled")
 def test_without_a_compiler() -> None:
-    assert isinstance(scheme_for("none", files="gguf", device_kind="cpu", dtype=F32), Dense)
+    for without in ("none", "auto"):
+        assert name(without, "gguf", "cpu", F32) == "Dense"
     for quantization in ("native", "int8"):
         with pytest.raises(ConfigError, match="no C compiler found"):
             name(quantization, "gguf", "cpu", F32)
