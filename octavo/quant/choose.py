@@ -23,7 +23,7 @@ def scheme_for(
     """The scheme for weights read from `files` ("none": random ones) and computed with in `dtype`.
 
     none: floats. native: a GGUF file's own formats. int8: rounded at load. These two need a CPU with a C compiler and
-    float32 or bfloat16; raises ConfigError where they cannot be had. auto: native, or floats where there are no kernels.
+    float32 or bfloat16; raises ConfigError where they cannot be had. auto: native, or floats where it has no kernels.
     """
     if quantization == "none":
         return Dense()
