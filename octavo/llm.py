@@ -64,24 +64,25 @@ class LLM:
         tokenizer = open_tokenizer(args, config.model)
         from octavo.engine import Engine
 
-        engine = Engine(config)
+        inputs = InputProcessor(config, tokenizer)
+        engine = Engine(config, vocabulary=inputs.vocabulary)
         with loading_bars() as progress:
             engine.load(progress)
-        self._compose(engine, config, tokenizer)
+        self._compose(engine, inputs)
 
     @classmethod
     def over(cls, engine: EngineLike, config: EngineConfig, tokenizer: Tokenizer | None) -> LLM:
         """An LLM over an engine that is loaded already."""
         llm = cls.__new__(cls)
-        llm._compose(engine, config, tokenizer)
+        llm._compose(engine, InputProcessor(config, tokenizer))
         return llm
 
-    def _compose(self, engine: EngineLike, config: EngineConfig, tokenizer: Tokenizer | None) -> None:
+    def _compose(self, engine: EngineLike, inputs: InputProcessor) -> None:
         self.engine = engine
-        self.config = config
-        self.tokenizer = tokenizer
-        self._inputs = InputProcessor(config, tokenizer)
-        self._outputs = OutputProcessor(tokenizer)
+        self.config = inputs.config
+        self.tokenizer = inputs.tokenizer
+        self._inputs = inputs
+        self._outputs = OutputProcessor(inputs.tokenizer)
         self._ids = map(str, itertools.count())
 
     def generate(

@@ -179,6 +179,9 @@ def keywords() -> str:
             "|---|---|---|",
             *rows,
             "",
+            "An object that has `properties` and neither `additionalProperties` nor `patternProperties` is closed: the "
+            "model adds no properties that the schema does not name. It stays open where properties come from several "
+            "schemas (`allOf`, `$ref` or `anyOf` beside `properties`); `additionalProperties: true` opens it.\n",
             f"These say nothing about a value and are left out: {plain}.",
             "",
         ]

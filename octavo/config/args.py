@@ -119,6 +119,10 @@ class EngineArgs(Args, frozen=True, kw_only=True):
     ] = None
     tensor_parallel_size: Annotated[Positive, Meta(description="GPUs (on a CPU processes) that share each layer")] = 1
     pipeline_parallel_size: Annotated[Positive, Meta(description="Stages of layers, each on GPUs of its own")] = 1
+    distributed_executor_backend: Annotated[
+        Literal["mp", "ray"],
+        Meta(description="What runs the ranks: processes of this machine (mp) or actors of a Ray cluster (ray)"),
+    ] = "mp"
 
     def __post_init__(self) -> None:
         spelled = str(self.dtype).removeprefix("torch.")

@@ -27,7 +27,6 @@ HARMLESS: frozenset[str] = frozenset(
         "disable_log_requests",
         "disable_log_stats",
         "disable_uvicorn_access_log",
-        "distributed_executor_backend",
         "enable_log_outputs",
         "enable_log_requests",
         "enforce_eager",

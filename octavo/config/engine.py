@@ -43,6 +43,8 @@ class ParallelConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Ranks that share each layer."""
     pipeline: int = 1
     """Stages of layers."""
+    backend: Literal["mp", "ray"] = "mp"
+    """What runs the ranks beside rank 0: processes of this machine, or Ray's actors on any."""
 
     @property
     def ranks(self) -> int:

@@ -67,10 +67,12 @@ def resolve(args: EngineArgs, model: ModelFacts, device: DeviceFacts) -> tuple[E
     """The configuration of an engine for `model` on `device`, and why. Raises ConfigError."""
     tensor, pipeline = args.tensor_parallel_size, args.pipeline_parallel_size
     check_sizes(model, tensor, pipeline, block=QUANT_BLOCK[args.quantization])
-    if device.kind == "cuda" and tensor * pipeline > device.count:
+    backend = args.distributed_executor_backend
+    if device.kind == "cuda" and backend == "mp" and tensor * pipeline > device.count:
         raise ConfigError(
             f"--tensor-parallel-size {tensor} times --pipeline-parallel-size {pipeline} needs {tensor * pipeline} GPUs,"
-            f" but {device.count} can be seen from {device.name} number {device.index} on: lower them"
+            f" but {device.count} can be seen from {device.name} number {device.index} on: lower them,"
+            " or give --distributed-executor-backend ray for those of other machines"
         )
     if device.kind == "cpu":
         device = msgspec.structs.replace(device, free_memory=device.free_memory // (tensor * pipeline))
@@ -112,7 +114,7 @@ def resolve(args: EngineArgs, model: ModelFacts, device: DeviceFacts) -> tuple[E
         scheduler=SchedulerConfig(
             max_num_seqs=seqs, max_num_batched_tokens=tokens, max_model_len=length, overlap=overlap, stages=pipeline
         ),
-        parallel=ParallelConfig(tensor=tensor, pipeline=pipeline),
+        parallel=ParallelConfig(tensor=tensor, pipeline=pipeline, backend=backend),
     )
     kv = f"{_gib(blocks * page)}, {blocks} blocks of {args.block_size}, {config.cache.kv_tokens} tokens"
     return config, [

@@ -46,6 +46,7 @@ def _leave_with_parent(inbox: str) -> None:
 def main(inbox: str, outbox: str) -> int:
     """Returns the exit code: 0 after Shutdown, 1 after a failure, which the frontend has been told."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the frontend decides
+    sys.setswitchinterval(0.0005)  # the loop goes on while a thread prepares grammars
     import octavo.worker  # noqa: F401  (imports torch while the frontend still reads the model's header)
 
     config = _read_config()
@@ -62,6 +63,7 @@ def main(inbox: str, outbox: str) -> int:
         engine = Engine(config, executor=executor_for(config, die))
         engine.load(wire.progress)
         wire.send(Ready(msgspec.msgpack.encode(config), config.cache.kv_tokens, time.monotonic() - started))
+        engine.prepare_vocabulary()
         run(engine, wire)
     except Exception as error:
         if not isinstance(error, OctavoError):

@@ -48,8 +48,11 @@ class Engine:
         constraints: Iterable[Constraint] = (),
         proposer: Proposer | None = None,
         max_draft: int = 0,
+        vocabulary: Vocabulary | None = None,
     ) -> None:
+        """`vocabulary` is the model's tokenizer for grammars where the process has one; by default it is read."""
         self.config = config
+        self._vocabulary = vocabulary
         cache = CacheManager(config.cache, config.scheduler.max_num_batched_tokens)
         self._grammars = Grammars(self._open_vocabulary, config.model.vocab_size)
         self.scheduler = Scheduler(
@@ -77,10 +80,17 @@ class Engine:
         """Prepares every shape of decode step now instead of when it first comes; for measurements."""
         self._executor.warm_up()
 
+    def prepare_vocabulary(self) -> None:
+        """Starts a thread that prepares the vocabulary, so that the first grammar need not wait for it."""
+        if self.config.tokenizer is not None:
+            self._grammars.prepare_vocabulary()
+
     def _open_vocabulary(self) -> Vocabulary:
-        """The model's tokenizer for grammars, read when the first one comes."""
+        """The model's tokenizer for grammars."""
         from octavo.text import load_tokenizer
 
+        if self._vocabulary is not None:
+            return self._vocabulary
         model = self.config.model
         if self.config.tokenizer is None:
             raise ValueError("structured output needs the tokenizer, which skip_tokenizer_init left out")

@@ -1,16 +1,17 @@
 """Who runs the plans: the seam between the engine's loop and its workers.
 
-Owns the Protocol and the executor of one rank in the engine's own process; `processes` has that of several. Decides
+Owns the Protocol and the executor of one rank in the engine's own process; `ranks` has that of several. Decides
 nothing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Protocol
 
 from octavo.config.engine import EngineConfig
-from octavo.core.errors import OctavoError
+from octavo.core.errors import ConfigError, OctavoError
 from octavo.core.plan import Masks, Plan, StepResult
 
 if TYPE_CHECKING:
@@ -47,12 +48,25 @@ class Executor(Protocol):
 
 
 def executor_for(config: EngineConfig, on_death: Callable[[OctavoError], None] | None = None) -> Executor:
-    """The executor of the configuration's ranks; `on_death` hears of the death of one that is another process."""
-    if config.parallel.ranks == 1:
-        return InlineExecutor(config)
-    from octavo.engine.processes import ProcessExecutor
+    """The executor of the configuration's ranks; `on_death` hears of the death of one that is another process.
 
-    return ProcessExecutor(config, on_death)
+    Raises ConfigError when the backend is not installed.
+    """
+    if config.parallel.ranks == 1 and config.parallel.backend == "mp":
+        return InlineExecutor(config)
+    from octavo.engine.ranks import RanksExecutor
+
+    if config.parallel.backend == "ray":
+        if find_spec("ray") is None:
+            raise ConfigError(
+                "--distributed-executor-backend is 'ray', which is not installed: pip install 'ray>=2.40'"
+            )
+        from octavo.engine.ray import Actors
+
+        return RanksExecutor(config, Actors, on_death)
+    from octavo.engine.processes import Processes
+
+    return RanksExecutor(config, Processes, on_death)
 
 
 class InlineExecutor:

@@ -104,7 +104,10 @@ class AsyncLLM:
             raise
         if ready.config:
             config = msgspec.msgpack.decode(ready.config, type=EngineConfig)
-        return cls(client, config, tokenizer)
+        llm = cls(client, config, tokenizer)
+        if llm.inputs.vocabulary is not None:
+            llm.inputs.vocabulary.prepare_soon()
+        return llm
 
     @property
     def facts(self) -> ModelFacts:

@@ -40,14 +40,16 @@ class InputProcessor:
     """Validates and tokenizes. Stateless after construction, so any thread may call it."""
 
     def __init__(self, config: EngineConfig, tokenizer: Tokenizer | None) -> None:
+        self.config = config
         self.tokenizer = tokenizer
         self.vocab_size = config.model.vocab_size
         self.max_model_len = config.scheduler.max_model_len
         self._defaults = config.model.sampling_defaults
         self._eos = frozenset(config.model.eos_token_ids)
-        self._vocabulary = (
+        self.vocabulary = (
             None if tokenizer is None else Vocabulary(tokenizer, self.vocab_size, config.model.eos_token_ids)
         )
+        """The tokenizer for grammars."""
 
     def default_params(self, max_tokens: int | None = None, **given: Any) -> SamplingParams:
         """`given` values, where not None, over generation_config's defaults over SamplingParams' own.
@@ -76,7 +78,7 @@ class InputProcessor:
     ) -> tuple[Request, str | None]:
         """The request, and the prompt's text where it was text. Raises InvalidRequest naming the parameter.
 
-        With structured outputs this compiles a grammar, for up to 0.2 s, and the first time prepares the vocabulary.
+        With structured outputs this compiles a grammar, for up to 0.2 s, and prepares the vocabulary unless it has been.
         The grammar alone then says where the text ends: `ignore_eos` has no effect.
         """
         text, ids, salt = _parse(prompt)
@@ -96,11 +98,11 @@ class InputProcessor:
         return Request(request_id, ids, params, arrival, bad_words, cache_salt or salt, grammar=grammar), text
 
     def _compile(self, spec: StructuredOutputs) -> str:
-        if self._vocabulary is None:
+        if self.vocabulary is None:
             raise InvalidRequest(
                 "structured_outputs need the tokenizer, which skip_tokenizer_init left out", "structured_outputs"
             )
-        return compile_grammar(spec, self._vocabulary)
+        return compile_grammar(spec, self.vocabulary)
 
     def tokenize(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of `text`, refused before tokenizing when its size alone shows that it is too long."""

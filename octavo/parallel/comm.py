@@ -1,12 +1,13 @@
 """Communicators between the ranks of one engine: sums and joins within a layer, hidden states from stage to stage.
 
 `connect` builds a rank's links over torch.distributed's process groups, without its global state, so that engines (or
-ranks as threads of one process) do not meet. gloo serves CPUs over the loopback device, NCCL serves GPUs; nothing else
-differs. Does not own processes (`engine`) or what is sent when (`worker`).
+ranks as threads of one process) do not meet. gloo serves CPUs, over the loopback device unless ranks are on several
+machines, and NCCL serves GPUs; nothing else differs. Does not own processes (`engine`) or what is sent when (`worker`).
 """
 
 from __future__ import annotations
 
+import socket
 from collections import deque
 from dataclasses import dataclass
 from datetime import timedelta
@@ -143,6 +144,8 @@ class Links:
     pipe: Pipe | None
     """None: one stage."""
     groups: tuple[Any, ...] = ()
+    neighbours: tuple[int, int] = (0, 1)
+    """(index, count): which of the ranks on its machine this is."""
 
     def abort(self) -> None:
         """Frees a device that waits for ranks which are no more. From any thread; nothing works afterwards."""
@@ -153,22 +156,35 @@ class Links:
 ALONE = Links(Place(0, 1, 0, 1), Single(), None)
 
 
-def open_store() -> Any:
-    """Where ranks find each other: rank 0 opens it on a free loopback `port`, which its process takes along."""
-    return dist.TCPStore(HOST, 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
+def open_store(host: str = HOST) -> Any:
+    """Where ranks find each other: rank 0 opens it on a free `port` of its address `host`, and on no other address."""
+    listener = socket.create_server((host, 0))
+    port = listener.getsockname()[1]
+    return dist.TCPStore(  # type: ignore[attr-defined]
+        host, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()
+    )
 
 
-def join_store(port: int) -> Any:
-    return dist.TCPStore(HOST, port, is_master=False)  # type: ignore[attr-defined]
+def join_store(host: str, port: int) -> Any:
+    return dist.TCPStore(host, port, is_master=False)  # type: ignore[attr-defined]
 
 
-def connect(place: Place, store: Any, device: torch.device) -> Links:
-    """Links of the rank at `place` with all others, which must connect as well, over a store that all of them see."""
+def connect(
+    place: Place,
+    store: Any,
+    device: torch.device,
+    host: str = HOST,
+    neighbours: tuple[int, int] | None = None,
+) -> Links:
+    """Links of the rank at `place` with all others, which must connect as well, over a store that all of them see.
+
+    `host` is the address at which the others reach this rank; without `neighbours` all ranks are on one machine.
+    """
 
     groups: list[Any] = []
 
     def group(name: str, rank: int, size: int) -> Any:
-        groups.append(_group(dist.PrefixStore(name, store), rank, size, device))  # type: ignore[attr-defined]
+        groups.append(_group(dist.PrefixStore(name, store), rank, size, device, host))  # type: ignore[attr-defined]
         return groups[-1]
 
     comm: Comm = Single()
@@ -179,15 +195,16 @@ def connect(place: Place, store: Any, device: torch.device) -> Links:
     if place.stages > 1:
         stream, tokens = (group(f"{what} {place.shard}", place.stage, place.stages) for what in ("stream", "tokens"))
         pipe = Pipe(stream, tokens, place)
-    return Links(place, comm, pipe, tuple(groups))
+    here = neighbours or (place.stage * place.shards + place.shard, place.stages * place.shards)
+    return Links(place, comm, pipe, tuple(groups), here)
 
 
-def _group(store: Any, rank: int, size: int, device: torch.device) -> Any:
+def _group(store: Any, rank: int, size: int, device: torch.device, host: str) -> Any:
     if device.type == "cuda":
         nccl = dist.ProcessGroupNCCL.Options()
         nccl._timeout = FOREVER
         return dist.ProcessGroupNCCL(store, rank, size, nccl)
     gloo = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
-    gloo._devices = [dist.ProcessGroupGloo.create_device(hostname=HOST)]
+    gloo._devices = [dist.ProcessGroupGloo.create_device(hostname=host)]
     gloo._timeout = FOREVER
     return dist.ProcessGroupGloo(store, rank, size, gloo)

@@ -14,6 +14,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from octavo.core.params import StructuredOutputs
+from octavo.structured.closing import close_objects
 from octavo.structured.keywords import checked_schema, refused
 
 if TYPE_CHECKING:
@@ -115,15 +116,26 @@ def json_schema_grammar(schema: Mapping[str, Any] | str) -> str:
             raise refused(f"the schema is not JSON: {error}") from None
     if not isinstance(schema, Mapping):
         raise refused(f"a schema is an object, not {type(schema).__name__}")
-    copy = checked_schema(schema)
+    copy, places = checked_schema(schema)
     patterns = _patterns(copy)
     for pattern in patterns:
         _check_size("a pattern of the schema", pattern, MAX_PATTERN_BYTES)
     _check_size("all patterns of the schema together", "".join(patterns), MAX_GRAMMAR_BYTES)
     copy["x-guidance"] = {"whitespace_pattern": WHITESPACE}
-    text = json.dumps(copy, ensure_ascii=False, allow_nan=False)
-    _check_size("the schema", text, MAX_BYTES)
+    as_sent = _text({"json_schema": copy})
+    _check_size("the schema", as_sent, MAX_BYTES)
+    if any(isinstance(part, dict) and "oneOf" in part for part in places.values()):
+        _check_exclusion(as_sent)
+    close_objects(places)
     return _text({"json_schema": copy})
+
+
+def _check_exclusion(grammar: str) -> None:
+    """The schemas of a oneOf must exclude each other as they were sent: closed objects may where open ones do not."""
+    from llguidance import LLMatcher
+
+    if error := LLMatcher.validate_grammar(grammar, limits=limits()):
+        raise refused(_reason(error))
 
 
 def _patterns(schema: Mapping[str, Any]) -> list[str]:

@@ -43,7 +43,7 @@ KEYWORDS: dict[str, tuple[str, str]] = {
     "$defs": ("named", "schemas to refer to"),
     "definitions": ("named", "the older name of $defs"),
     "$schema": ("draft", "names draft 2020-12, 2019-09, 07 or 06; the schema is read as 2020-12"),
-    "properties": ("named", "values of named properties, written in this order"),
+    "properties": ("named", "values of named properties, written in this order; others: see below"),
     "required": ("names", "properties that are there"),
     "additionalProperties": ("schema", "values of all other properties"),
     "patternProperties": ("patterns", "values of properties by name; the patterns must exclude each other"),
@@ -67,17 +67,21 @@ KEYWORDS: dict[str, tuple[str, str]] = {
 
 ANNOTATIONS = (
     "title", "description", "default", "examples", "$comment", "deprecated", "readOnly", "writeOnly",
-    "contentEncoding", "contentMediaType", "contentSchema",
+    "contentEncoding", "contentMediaType", "contentSchema", "discriminator",
 )  # fmt: skip
-"""Keywords that say something about a value and constrain nothing."""
+"""Keywords that say something about a value and constrain nothing; `discriminator` (OpenAPI's) tells readers of a oneOf
+which property to look at."""
 
 
 def refused(problem: str) -> InvalidRequest:
     return InvalidRequest(f"structured_outputs: {problem}", "structured_outputs")
 
 
-def checked_schema(schema: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy of `schema` with the enforced keywords alone. Raises InvalidRequest that names what cannot be enforced."""
+def checked_schema(schema: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, dict[str, Any] | bool]]:
+    """A copy of `schema` with the enforced keywords alone, and all schemas in the copy by JSON pointer.
+
+    Raises InvalidRequest that names what cannot be enforced.
+    """
     check_json(schema)
     reader = _Reader()
     copy = reader.read(schema, "#")
@@ -85,7 +89,7 @@ def checked_schema(schema: Mapping[str, Any]) -> dict[str, Any]:
     for reference, at in reader.references:
         if reference not in reader.places:
             raise refused(f"$ref {reference!r} at {at} names no schema of this one")
-    return copy
+    return copy, reader.places
 
 
 def check_json(value: object) -> None:
@@ -137,18 +141,19 @@ class _Reader:
     """Copies a schema keyword by keyword; collects where schemas stand and what is referred to."""
 
     def __init__(self) -> None:
-        self.places: set[str] = set()
+        self.places: dict[str, dict[str, Any] | bool] = {}
         self.references: list[tuple[str, str]] = []
 
     def read(self, schema: object, at: str) -> dict[str, Any] | bool:
-        self.places.add(at)
-        if len(self.places) > MAX_SCHEMAS:
+        if len(self.places) == MAX_SCHEMAS:
             raise refused(f"the schema consists of more than {MAX_SCHEMAS} schemas")
         if isinstance(schema, bool):
+            self.places[at] = schema
             return schema
         if not isinstance(schema, Mapping):
             raise refused(f"a schema is an object or a boolean, not {schema!r:.60} at {at}")
         copy: dict[str, Any] = {}
+        self.places[at] = copy
         for name, value in schema.items():
             if name in ANNOTATIONS:
                 continue

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from octavo.structured.tokens import Vocabulary
 
+T = TypeVar("T")
 MAX_COMPILED = 64
 """Compiled grammars that are kept for the next request with the same one."""
 
@@ -52,7 +53,9 @@ class _Follower:
 
 
 class Grammars:
-    """The grammars of an engine's sequences; a scheduler's Constraint. `open_vocabulary` is called once, in a thread.
+    """The grammars of an engine's sequences; a scheduler's Constraint.
+
+    `open_vocabulary` is called in a thread, until it has returned once: by `prepare_vocabulary` or the first grammar.
 
     Belongs to the engine's thread.
     """
@@ -66,22 +69,29 @@ class Grammars:
         self._thread: ThreadPoolExecutor | None = None
         self._pool: LLExecutor | None = None
 
+    def prepare_vocabulary(self) -> None:
+        """Starts what would otherwise delay the first grammar. Where that fails, the first grammar says why."""
+        self._in_thread(lambda: self._opened().prepare())
+
     def prepare(self, grammar: str) -> Future[LLMatcher]:
         """Starts compiling a grammar, unless it is known."""
         found = self._compiled.get(grammar)
         if found is None:
-            if self._thread is None:
-                self._thread = ThreadPoolExecutor(1, "octavo-grammar")
-            found = self._compiled[grammar] = self._thread.submit(self._compile, grammar)
+            found = self._compiled[grammar] = self._in_thread(lambda: new_matcher(grammar, self._opened()))
         self._compiled.move_to_end(grammar)
         while len(self._compiled) > MAX_COMPILED:
             self._compiled.popitem(last=False)
         return found
 
-    def _compile(self, grammar: str) -> LLMatcher:
+    def _in_thread(self, work: Callable[[], T]) -> Future[T]:
+        if self._thread is None:
+            self._thread = ThreadPoolExecutor(1, "octavo-grammar")
+        return self._thread.submit(work)
+
+    def _opened(self) -> Vocabulary:
         if self._vocabulary is None:
             self._vocabulary = self._open()
-        return new_matcher(grammar, self._vocabulary)
+        return self._vocabulary
 
     def fits(self, seq: Sequence) -> bool:
         """Whether the sequence's grammar, if it has one, is ready."""

@@ -29,7 +29,9 @@ class _Wrapper:
 
 
 class Vocabulary:
-    """A tokenizer prepared for grammars when it is first needed: 0.3 s for 49,000 tokens. Any thread may ask.
+    """A tokenizer prepared for grammars: 0.25 s for 49,000 tokens, the half of it with the GIL. Any thread may ask.
+
+    It is prepared when it is first needed; `prepare_soon` makes that now, beside other work.
 
     `vocab_size` is the width of the model's logits; ids without a token are never allowed. Every one of `eos` ends a
     grammar.
@@ -41,6 +43,10 @@ class Vocabulary:
         self.eos = tuple(token for token in eos if token < vocab_size)
         self._lock = threading.Lock()
         self._prepared: LLTokenizer | None = None
+
+    def prepare_soon(self) -> None:
+        if self.eos:
+            threading.Thread(target=self.prepare, name="octavo-vocabulary", daemon=True).start()
 
     def prepare(self) -> LLTokenizer:
         with self._lock:

@@ -1,9 +1,9 @@
-"""`python -m octavo.worker RANK MEMORY DOORBELL`: a rank of the engine beside rank 0, which is the engine's process.
+"""`python -m octavo.worker INDEX MEMORY DOORBELL`: a rank of the engine as a process beside the engine's own.
 
 Reads Start from stdin (4-byte little-endian length, msgpack) and keeps stdin open: when it closes, the engine is gone,
-and the rank leaves. MEMORY and DOORBELL are descriptors of its ring (octavo.parallel.ring). What it says on stdout:
-"up" before it connects, "ready" once it is loaded, and in case its last words. Exit codes: 0 told to leave, 2 something
-to correct in the configuration, 1 any other failure.
+and the rank leaves. MEMORY and DOORBELL are descriptors of its ring (octavo.parallel.ring), reader INDEX of it.
+What it says on stdout: "up" before it connects, "ready" once it is loaded, and in case its last words. Exit codes: 0
+told to leave, 2 something to correct in the configuration, 1 any other failure.
 """
 
 from __future__ import annotations
@@ -14,19 +14,12 @@ import struct
 import sys
 import threading
 import traceback
-from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import msgspec
 
-from octavo.config.parallel import place_of
 from octavo.core.errors import ConfigError
-from octavo.core.plan import Plan
 from octavo.parallel.ring import RingReader
-from octavo.worker.frames import Order, Sample, Start, decode_frame
-
-if TYPE_CHECKING:
-    from octavo.worker.worker import Forward, Worker
+from octavo.worker.frames import Start
 
 
 def _read_start() -> Start:
@@ -43,44 +36,7 @@ def _leave_with_engine() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _load(rank: int, start: Start, say: Callable[[str], None]) -> Worker:
-    import torch
-
-    from octavo.parallel import connect, join_store
-    from octavo.worker import Worker
-
-    config = start.config
-    say("up")
-    device = torch.device("cpu")
-    if config.device.kind == "cuda":
-        device = torch.device("cuda", config.device.index)
-        torch.cuda.set_device(device)
-    place = place_of(rank, config.parallel.tensor, config.parallel.pipeline)
-    worker = Worker(config, connect(place, join_store(start.port), device))
-    worker.load()
-    return worker
-
-
-def serve(worker: Worker, ring: RingReader) -> None:
-    """Does what the frames say until one says to leave."""
-    forward: Forward | None = None
-    while True:
-        match decode_frame(ring.read()):
-            case Plan() as plan:
-                forward = worker.forward(plan)
-            case Sample(masks):
-                assert forward is not None
-                if worker.samples:
-                    worker.sample(forward, masks)
-                else:
-                    worker.expect(forward)
-            case Order.WARM_UP:
-                worker.warm_up()
-            case Order.LEAVE:
-                return
-
-
-def main(rank: int, memory: int, doorbell: int) -> int:
+def main(index: int, memory: int, doorbell: int) -> int:
     """Returns the exit code."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the engine decides
     words = os.dup(1)
@@ -92,9 +48,12 @@ def main(rank: int, memory: int, doorbell: int) -> int:
     start = _read_start()
     _leave_with_engine()
     try:
-        worker = _load(rank, start, say)
+        from octavo.worker.rank import load, serve
+
+        say("up")
+        worker = load(start)
         say("ready")
-        serve(worker, RingReader(rank - 1, memory, doorbell))
+        serve(worker, RingReader(index, memory, doorbell).read)
     except ConfigError as error:
         say(str(error))
         return 2

@@ -16,10 +16,17 @@ _SHAPE = struct.Struct("<II")
 
 
 class Start(msgspec.Struct, frozen=True):
-    """What a rank must know to begin: the engine's configuration, with the rank's own device, and the store's port."""
+    """What a rank must know to begin."""
 
+    rank: int
     config: EngineConfig
-    port: int
+    """The engine's, with the rank's own device."""
+    store: tuple[str, int]
+    """Where ranks find each other: address and port."""
+    host: str
+    """The rank's own address, at which the others reach it."""
+    neighbours: tuple[int, int]
+    """(index, count): which of the ranks on its machine it is."""
 
 
 class Order(Enum):

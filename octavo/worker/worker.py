@@ -105,7 +105,7 @@ class Worker:
         dtype: torch.dtype = getattr(torch, config.dtype)
         comm, pipe, place = self._links.comm, self._links.pipe, self._links.place
         if device.kind == "cpu":
-            threads.set_up(place.stage * place.shards + place.shard, place.stages * place.shards)
+            threads.set_up(*self._links.neighbours)
         self._layers = stage_layers(facts, place.stages)[place.stage]
         specs = attn_specs(shard_of(facts, comm.size), cache.block_size)
         scheme = scheme_for(

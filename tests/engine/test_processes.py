@@ -22,7 +22,7 @@ from octavo.core.params import SamplingParams
 from octavo.core.plan import Masks
 from octavo.core.request import Request
 from octavo.engine import Engine, InlineExecutor
-from octavo.engine.processes import ProcessExecutor
+from octavo.engine.executor import executor_for
 from octavo.frontend import AsyncLLM
 from tests.support.tiny import tiny_config, write_tiny
 
@@ -162,7 +162,7 @@ def test_a_killed_rank_is_named(folder: Path) -> None:
 def test_a_rank_that_cannot_load_is_heard(folder: Path) -> None:
     """Rank 1 finds no file where rank 0 found one."""
     config = tiny_config(folder, tensor_parallel_size=2, **OPTIONS)
-    executor = ProcessExecutor(config)
+    executor = executor_for(config)
     hidden = folder / "model.safetensors"
     moved = hidden.rename(folder / "hidden")
     try:

@@ -102,6 +102,16 @@ def allowed(mask: bytes) -> list[int]:
     return [int(i) for i in np.nonzero(bits)[0]]
 
 
+def accepts(grammar: str, text: str, vocabulary: Vocabulary) -> bool:
+    """Whether the text is allowed token by token, and the end after it."""
+    matcher = new_matcher(grammar, vocabulary)
+    for token in text.encode():
+        if token not in allowed(matcher.compute_bitmask()):
+            return False
+        assert matcher.consume_token(token)
+    return EOS in allowed(matcher.compute_bitmask())
+
+
 def random_text(grammar: str, vocabulary: Vocabulary, seed: int, steps: int = 400) -> bytes:
     """A text of single bytes that the grammar allows, closing what can be closed."""
     chosen = random.Random(seed)

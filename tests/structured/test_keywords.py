@@ -10,7 +10,7 @@ from octavo.core.errors import InvalidRequest
 from octavo.core.params import StructuredOutputs
 from octavo.structured import ANNOTATIONS, KEYWORDS, compile_grammar, json_schema_grammar
 from octavo.structured.keywords import FORMATS, MAX_JSON_DEPTH, checked_schema
-from tests.structured.schemas import byte_vocabulary, leaves, random_text, schemas
+from tests.structured.schemas import accepts, byte_vocabulary, leaves, random_text, schemas
 
 VOCABULARY = byte_vocabulary()
 
@@ -35,7 +35,7 @@ def test_every_schema_compiles_and_its_texts_validate() -> None:
 @pytest.mark.parametrize("name", [
     "not", "if", "then", "else", "dependentRequired", "dependentSchemas", "dependencies", "propertyNames", "contains",
     "minContains", "maxContains", "uniqueItems", "unevaluatedItems", "unevaluatedProperties", "additionalItems",
-    "$dynamicRef", "$dynamicAnchor", "$anchor", "$id", "$vocabulary", "x-guidance", "nullable", "discriminator", "typo",
+    "$dynamicRef", "$dynamicAnchor", "$anchor", "$id", "$vocabulary", "x-guidance", "nullable", "typo",
 ])  # fmt: skip
 @pytest.mark.parametrize("place", ["{}", '{{"properties":{{"a":{}}}}}', '{{"$defs":{{"d":{{"items":{}}}}}}}'])
 def test_a_keyword_that_is_not_enforced_is_named(name: str, place: str) -> None:
@@ -83,7 +83,8 @@ def test_a_keyword_that_is_not_enforced_is_named(name: str, place: str) -> None:
     ({"$schema": "http://json-schema.org/draft-04/schema#"}, "draft-04"),
     ({"oneOf": [{"type": "integer"}, {"type": "number"}]}, "oneOf"),
     ({"type": "object", "minProperties": 2}, "minProperties"),
-    ({"properties": {"a": {}, "b": {}}, "type": "object", "minProperties": 1}, "maxProperties"),
+    ({"properties": {"a": {}, "b": {}}, "additionalProperties": True, "minProperties": 1}, "maxProperties"),
+    ({"oneOf": [{"type": "object", "properties": {n: {}}, "required": ["a"] if n == "a" else []} for n in "ab"]}, "oneOf"),
     ({"patternProperties": {"^a": {}, "b$": {}}, "type": "object"}, "disjoint"),
     ({"allOf": [{"type": "integer"}, {"type": "string"}]}, "nsatisfiable"),
     ({"type": "integer", "minimum": 5, "maximum": 3}, "nsatisfiable"),
@@ -129,7 +130,7 @@ def test_annotations_constrain_nothing_and_are_left_out() -> None:
         "type": "null",
         "$schema": "http://json-schema.org/draft-07/schema#",
     }
-    assert checked_schema(schema) == {"type": "null"}
+    assert checked_schema(schema)[0] == {"type": "null"}
 
 
 def test_properties_come_in_the_schemas_order() -> None:
@@ -142,3 +143,37 @@ def test_properties_come_in_the_schemas_order() -> None:
 def test_a_schema_may_come_as_text() -> None:
     for schema in leaves():
         assert json_schema_grammar(json.dumps(schema)) == json_schema_grammar(schema)
+
+
+KINDS = [{"type": "object", "properties": {"kind": {"const": kind}, kind: {"type": "null"}}, "required": ["kind"]}
+         for kind in "ab"]  # fmt: skip
+A, B = ({"properties": {name: {"type": "null"}}} for name in "ab")
+BOTH = '{"a":null,"b":null}'
+
+
+@pytest.mark.parametrize(("schema", "good", "bad"), [
+    (A, ["{}", '{"a":null}'], [BOTH]),
+    (A | {"additionalProperties": True}, [BOTH], []),
+    (A | {"additionalProperties": {"type": "null"}}, [BOTH], ['{"b":1}']),
+    (A | {"patternProperties": {"^b": {"type": "null"}}}, [BOTH], []),
+    (A | {"required": ["b"]}, ['{"b":1}', BOTH], ["{}"]),
+    (A | {"minProperties": 1}, ['{"a":null}'], ["{}", '{"b":1}']),
+    ({"type": "object"}, ["{}", BOTH], []),
+    ({"items": A}, ['[{"a":null}]'], [f"[{BOTH}]"]),
+    ({"properties": {"x": A}}, ['{"x":{"a":null}}'], [f'{{"x":{BOTH}}}', '{"y":1}']),
+    ({"anyOf": [A | {"type": "object"}, {"type": "null"}]}, ["null", '{"a":null}'], [BOTH]),
+    ({"oneOf": KINDS, "discriminator": {"propertyName": "kind"}}, ['{"kind":"a","a":null}'], ['{"kind":"a","b":null}']),
+    ({"allOf": [A, B]}, [BOTH, '{"a":null,"b":null,"c":1}'], []),
+    ({"allOf": [{"$ref": "#/$defs/d"}], "$defs": {"d": A}}, ['{"a":null}'], [BOTH]),
+    ({"$ref": "#/$defs/d", "$defs": {"d": A}}, ['{"a":null}'], [BOTH]),
+    (B | {"$ref": "#/$defs/d", "$defs": {"d": A}}, ['{"b":null,"a":null}'], []),
+    ({"properties": {"x": {"allOf": [{"$ref": "#/$defs/d"}, B]}, "y": {"$ref": "#/$defs/d"}}, "$defs": {"d": A}},
+     [f'{{"x":{BOTH},"y":{BOTH}}}'], ['{"z":1}']),
+    ({"allOf": [{"properties": {"x": A}}, {"properties": {"x": B}}]}, [f'{{"x":{BOTH}}}'], []),
+])  # fmt: skip
+def test_objects_are_closed_where_that_excludes_nothing_else(schema: Any, good: list[str], bad: list[str]) -> None:
+    grammar = compile_grammar(StructuredOutputs(json=schema), VOCABULARY)
+    for text in good:
+        jsonschema.validate(json.loads(text), schema)
+    assert [text for text in good if not accepts(grammar, text, VOCABULARY)] == []
+    assert [text for text in bad if accepts(grammar, text, VOCABULARY)] == []

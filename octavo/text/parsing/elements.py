@@ -19,10 +19,10 @@ _NOT_END = re.compile(r"[^>\n]*+")
 class _Object:
     """The arguments of one call, written as a JSON object parameter by parameter."""
 
-    def __init__(self, source: Source, tools: Tools, name: str) -> None:
+    def __init__(self, source: Source, tools: Tools, name: str, ahead: str = "") -> None:
         self._source, self._tools, self._name = source, tools, name
         self._before = "{"
-        source.call(name)
+        source.call(name, ahead)
 
     def value(self, key: str, stop: re.Pattern[str]) -> Steps[None]:
         """The value of parameter `key`, which ends at `stop`. Cut off, it stays as it is."""
@@ -34,7 +34,7 @@ class _Object:
         self._before = ", "
         pieces: list[str] = []
         if quote:
-            mark = yield from source.upto(stop, lambda end: source.arguments(escaped(source.take(end))))
+            mark = yield from source.upto(stop, lambda end: source.pass_on(end, escaped))
             source.arguments(quote if mark else "")
         else:
             mark = yield from source.upto(stop, lambda end: pieces.append(source.take(end)))
@@ -45,7 +45,7 @@ class _Object:
 
     def end(self) -> None:
         self._source.arguments("{}" if self._before == "{" else "}")
-        self._source.end_call()
+        self._source.drop()
 
 
 def qwen3_coder(source: Source, tools: Tools) -> Steps[None]:
@@ -87,7 +87,7 @@ def glm45(source: Source, tools: Tools) -> Steps[None]:
         last = not more and (yield from source.literal("</tool_call>"))
         if not name or not (more or last):
             raise Malformed
-        found = _Object(source, tools, name)
+        found = _Object(source, tools, name, "<arg_key>" if more else "")
         while more:
             pieces: list[str] = []
             if not (yield from source.upto(key_end, lambda end, to=pieces: to.append(source.take(end)))):  # type: ignore[misc]

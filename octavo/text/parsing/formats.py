@@ -190,7 +190,8 @@ class _Parser:
 
     def push(self, text: str) -> list[Event]:
         source = self._source
-        source.feed(text)
+        source.text = text if source.at == len(source.text) else source.text[source.at :] + text
+        source.at = 0
         next(self._steps)
         events, source.events = source.events, []
         return events

@@ -28,9 +28,8 @@ _BODY_END = marks("<|start|>", "<|channel|>", "<|end|>", "<|call|>", "<|return|>
 def harmony(source: Source, tools: Tools, in_reasoning: bool, as_json: bool) -> Steps[None]:
     """Channel analysis is reasoning, a message to functions.NAME (or a tool's name) a call, all else content.
 
-    Text without a header is content; so is a header that no <|message|> follows, markers included, unless the output's
-    end cuts it off. Arguments that are not JSON are content from where they break. `as_json`: content is a list of
-    calls.
+    Text without a header is content; so is a header that no <|message|> follows, markers included. Arguments that are
+    not JSON are content from where they break. `as_json`: content is a list of calls.
     """
     if in_reasoning:
         source.skip_space()
@@ -47,10 +46,10 @@ def harmony(source: Source, tools: Tools, in_reasoning: bool, as_json: bool) -> 
             source.spend()
             mark = yield from _message(source, tools, as_json, mark)
         except Exhausted:
-            source.give_up()
+            source.release()
             return
         except Malformed:
-            source.give_up()
+            source.release()
             mark = yield from _text(source, Content)
 
 
@@ -62,10 +61,7 @@ def _message(source: Source, tools: Tools, as_json: bool, mark: str) -> Steps[st
     pieces = [mark]
     end = yield from source.upto(_HEADER_END, lambda at: pieces.append(source.take(at)))
     if end != "<|message|>":
-        if end or mark == "to=":
-            raise Malformed
-        source.drop()
-        return ""
+        raise Malformed
     source.drop()
     header = "".join(pieces)
     channel, recipient = _CHANNEL.search(header), _RECIPIENT.search(header)
@@ -83,7 +79,7 @@ def _call(source: Source, name: str) -> Steps[str]:
         source.arguments("{}")
     else:
         yield from json_value(source, source.pass_on)
-    source.end_call()
+    source.drop()
     return (yield from _text(source, Content))
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import re
-from bisect import bisect_left
 from collections.abc import Callable
 from itertools import accumulate
 
@@ -23,12 +22,14 @@ _STRING_RUN = re.compile(r'(?:[^"\\]++|\\.)*+', re.DOTALL)
 _PLAIN = b":,+-.0123456789eEtrufalsn \t\r\n"
 _BRACKETS = bytes.maketrans(b"{}", b"[]")
 _STEPS = [1 if code == ord("[") else -1 for code in range(256)]
-_WINDOWS = (256, 4096)
-"""Characters that are looked at together, first and most: to find a value's end must not cost what follows it."""
+_DEPTHS = {**dict.fromkeys(_PLAIN.decode(), 0), **dict.fromkeys("[{", 1), **dict.fromkeys("]}", -1)}
+_WALK, _WINDOW, _MOST = 16, 256, 4096
+"""Characters that are looked at together, least, at first and at most: to find a value's end must not cost what follows
+it."""
 
 
 class _Extent:
-    """Where an object or a list ends. Nesting costs a number, and text is only seen by str and bytes methods."""
+    """Where an object or a list ends. Nesting costs a number."""
 
     def __init__(self) -> None:
         self.broken = False
@@ -39,58 +40,67 @@ class _Extent:
 
     def scan(self, text: str, at: int) -> int:
         """How far the value goes in `text` from `at`: to its end (`done`), what it cannot contain (`broken`), or on."""
-        window, most = _WINDOWS
         size = len(text)
-        if size - at <= window:
-            return at + self._advance(text[at:])
+        if size - at <= _WALK:
+            return self._walk(text, at, size)
+        window, growth = _WINDOW, 2
         while at < size and not (self.done or self.broken):
-            at += self._advance(text[at : at + window])
-            window = min(2 * window, most)
+            end = min(at + window, size)
+            if end - at <= _WALK:
+                at = self._walk(text, at, end)
+            elif self._skip(text[at:end]):
+                at = end
+                window = min(growth * window, _MOST)
+            else:
+                window, growth = max(window // 4, _WALK), 1
         return at
 
-    def _advance(self, piece: str) -> int:
-        clean = piece  # the same length, without escapes of quotes and backslashes
-        if self._escaped:
-            clean = "_" + piece[1:]
-            self._escaped = False
-        if "\\" in clean:
-            clean = clean.replace("\\\\", "__").replace('\\"', "__")
-            self._escaped = clean[-1:] == "\\"
-        parts = clean.split('"')
-        notable = self._notable(parts)
-        if notable:
-            opening, closing = notable.count(b"["), notable.count(b"]")
-            if opening + closing < len(notable):
+    def _walk(self, text: str, at: int, end: int) -> int:
+        """As `scan`, character by character."""
+        depth, in_string, escaped = self._depth, self._in_string, self._escaped
+        for char in text[at:end]:
+            if in_string:
+                if escaped:
+                    escaped = False
+                elif char == '"':
+                    in_string = False
+                elif char == "\\":
+                    escaped = True
+            elif char == '"':
+                in_string = True
+            elif char not in _DEPTHS:
                 self.broken = True
-                clean = clean[: bisect_left(range(len(clean)), 1, key=lambda n: self._is_broken(clean[: n + 1]))]
-                notable = self._notable(clean.split('"'))
-                opening, closing = notable.count(b"["), notable.count(b"]")
-            if closing >= self._depth:
-                depths = list(accumulate(map(_STEPS.__getitem__, notable)))
-                if -self._depth in depths:
-                    self.done, self.broken = True, False
-                    last = 1 + depths.index(-self._depth)
-                    return 1 + bisect_left(range(len(clean)), last, key=lambda n: self._count(clean[: n + 1]))
-            self._depth += opening - closing
-        if len(parts) % 2 == 0:
-            self._in_string = not self._in_string
-        return len(clean)
+                break
+            elif step := _DEPTHS[char]:
+                depth += step
+                if not depth:
+                    self.done = True
+                    at += 1
+                    break
+            at += 1
+        self._depth, self._in_string, self._escaped = depth, in_string, escaped
+        return at
 
-    def _notable(self, parts: list[str]) -> bytes:
-        """What lies outside of strings and matters: brackets, as "[" or "]", and characters that JSON has nowhere."""
-        if len(parts) > 1:
-            outside = "".join(parts[self._in_string :: 2])
-        elif self._in_string:
-            return b""
-        else:
-            outside = parts[0]
-        return outside.encode("utf-8", "surrogatepass").translate(_BRACKETS, _PLAIN)
-
-    def _count(self, clean: str) -> int:
-        return len(self._notable(clean.split('"')))
-
-    def _is_broken(self, clean: str) -> bool:
-        return bool(self._notable(clean.split('"')).translate(None, b"[]"))
+    def _skip(self, piece: str) -> bool:
+        """Goes over all of `piece`, by in C; False, and no step, if the value may end in it."""
+        escaped = False
+        if self._escaped:
+            piece = "_" + piece[1:]
+        if "\\" in piece:
+            piece = piece.replace("\\\\", "__").replace('\\"', "__")
+            escaped = piece[-1] == "\\"
+        parts = piece.split('"')
+        outside = "".join(parts[self._in_string :: 2])
+        notable = outside.encode("utf-8", "surrogatepass").translate(_BRACKETS, _PLAIN)
+        opening, closing = notable.count(b"["), notable.count(b"]")
+        if opening + closing < len(notable):
+            return False
+        if closing >= self._depth and min(accumulate(map(_STEPS.__getitem__, notable)), default=0) <= -self._depth:
+            return False
+        self._depth += opening - closing
+        self._in_string ^= len(parts) % 2 == 0
+        self._escaped = escaped
+        return True
 
 
 def is_json(text: str) -> bool:
@@ -199,7 +209,7 @@ def call_object(source: Source, is_tool: Callable[[str], bool]) -> Steps[None]:
         raise Malformed
     if not has_arguments:
         source.arguments("{}")
-    source.end_call()
+    source.drop()
 
 
 def call_list(source: Source, is_tool: Callable[[str], bool]) -> Steps[None]:

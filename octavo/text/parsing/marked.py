@@ -1,7 +1,8 @@
 """Formats that mark calls and write arguments as JSON: hermes, llama3_json, granite, mistral, deepseek, kimi.
 
 In all of them: text that begins like a call and breaks before the name is certain is content, markers included; a call
-that breaks later ends there, and what follows is content. Whitespace around calls is dropped.
+that breaks later, or that the output's end cuts off, ends there, and what is not yet certain is content with all that
+follows. Arguments that have begun stay arguments. Whitespace around calls is dropped.
 """
 
 from __future__ import annotations
@@ -25,10 +26,10 @@ def attempt(source: Source, call: Steps[None]) -> Steps[bool]:
         source.spend(MARK_COST)
         yield from call
     except Exhausted:
-        source.give_up()
+        source.release()
         return False
     except Malformed:
-        source.give_up()
+        source.release()
     return True
 
 
@@ -94,7 +95,7 @@ def mistral(source: Source, tools: Tools) -> Steps[None]:
             raise Malformed
         source.call(name)
         yield from json_value(source, source.pass_on)
-        source.end_call()
+        source.drop()
 
     yield from marked_calls(source, marks("[TOOL_CALLS]"), call)
 
@@ -115,7 +116,7 @@ def deepseek(source: Source, tools: Tools) -> Steps[None]:
             raise Malformed
         source.call(name)
         yield from json_value(source, source.pass_on)
-        source.end_call()
+        source.drop()
         if fenced:
             yield from source.closing("```")
 
@@ -138,7 +139,7 @@ def kimi(source: Source, tools: Tools) -> Steps[None]:
             raise Malformed
         source.call(name)
         yield from json_value(source, source.pass_on)
-        source.end_call()
+        source.drop()
 
     yield from _sectioned(
         source,

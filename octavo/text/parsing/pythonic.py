@@ -20,26 +20,35 @@ _DIGITS = re.compile(r"[-+.\w]*+")
 _CONSTANTS = {"True": "true", "False": "false", "None": "null", "true": "true", "false": "false", "null": "null"}
 _CLOSES = {"[": "]", "{": "}", "(": ")"}
 
-# a run of plain characters and whole escapes, by the string's quote; the beginning of an escape
+# by the string's quote: a run of plain characters and whole escapes; then the quote or the beginning of an escape
 _ESCAPE = r"\\(?:x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|U00(?:0[0-9a-fA-F]|10)[0-9a-fA-F]{4}|[^xuU\x00-\x1f]|\n)"
-_BODY = {quote: re.compile(rf"(?:[^{quote}\\]++|{_ESCAPE})*+") for quote in "'\""}
-_PARTIAL = re.compile(
-    r"(?:\\(?:x[0-9a-fA-F]?|u[0-9a-fA-F]{0,3}|U0{0,3}|U000[0-9a-fA-F]{1,4}|U001|U0010[0-9a-fA-F]{0,3})?)?\Z"
-)
-_ONE_LETTER = re.compile(r"\\[^xuU]")
+_PART = r"\\(?:x[0-9a-fA-F]?|u[0-9a-fA-F]{0,3}|U0{0,3}|U000[0-9a-fA-F]{1,4}|U001|U0010[0-9a-fA-F]{0,3})?\Z"
+_BODY = {quote: re.compile(rf"([^{quote}\\]*+(?:{_ESCAPE}[^{quote}\\]*+)*+)({quote}|{_PART})?") for quote in "'\""}
 _SIMPLE = {
-    "\\'": "'",
-    '\\"': '"',
-    "\\n": "\n",
-    "\\t": "\t",
-    "\\r": "\r",
-    "\\\n": "",
-    "\\a": "\a",
-    "\\b": "\b",
-    "\\f": "\f",
-    "\\v": "\v",
-    "\\0": "\0",
+    "'": "'",
+    '"': '"',
+    "n": "\n",
+    "t": "\t",
+    "r": "\r",
+    "\n": "",
+    "a": "\a",
+    "b": "\b",
+    "f": "\f",
+    "v": "\v",
+    "0": "\0",
 }
+_RAW = {char: escaped(char) for char in (*map(chr, range(32)), '"')}
+
+
+class _Escapes(dict[str, str]):
+    r"""JSON for what follows a backslash; the digits after \x and \u follow as they are."""
+
+    def __missing__(self, char: str) -> str:
+        return r"\\" + char
+
+
+_ESCAPES = _Escapes({char: escaped(meant) for char, meant in _SIMPLE.items()} | {"\\": r"\\", "u": r"\u", "x": r"\u00"})
+_SHORT = 9  # characters: no \U with its digits
 _WIDE = re.compile(r"\\\\U([0-9a-fA-F]{8})")
 _BACKSLASH = (
     "\udfff"  # stands for an escaped backslash while other escapes are replaced; decoded text has no surrogates
@@ -95,7 +104,7 @@ def _call(source: Source, tools: Tools, marked: bool) -> Steps[None]:
                 key = yield from _keyword(source)
     yield from source.expect(")")
     source.arguments("{}" if before == "{" else "}")
-    source.end_call()
+    source.drop()
 
 
 def _keyword(source: Source) -> Steps[str]:
@@ -174,32 +183,35 @@ def _string(source: Source, quote: str) -> Steps[None]:
     body = _BODY[quote]
     while True:
         match = body.match(source.text, source.at)
-        end = match.end() if match else source.at
+        assert match is not None
+        end = match.end(1)
         if end > source.at:
-            source.arguments(_inside(source.take(end)))
-        if source.text.startswith(quote, end):
-            break
-        if _PARTIAL.match(source.text, source.at) is None:
+            source.pass_on(end, _inside)
+        if match[2] == quote:
+            source.take(end + 1)
+            source.arguments('"')
+            return
+        if match[2] is None and end < len(source.text):
             raise Malformed
         if source.ended:
-            source.take(len(source.text))
+            source.pass_on(len(source.text), escaped)
             raise Malformed
         yield
-    source.take(source.at + 1)
-    source.arguments('"')
 
 
 def _inside(text: str) -> str:
-    """A run of a string literal as the inside of a JSON string: one pass in C for each kind of escape.
+    """A run of a string literal as the inside of a JSON string: a pass in C an escape, or if short, a step a character.
 
     Read as Python does, but for octal and named escapes, which stay as they are.
     """
     if "\\" not in text:
         return escaped(text)
+    if len(text) <= _SHORT:
+        chars = iter(text)
+        return "".join([_ESCAPES[next(chars)] if char == "\\" else _RAW.get(char, char) for char in chars])
     text = text.replace("\\\\", _BACKSLASH)
-    if _ONE_LETTER.search(text):
-        for escape, meant in _SIMPLE.items():
-            text = text.replace(escape, meant)
+    for letter in _SIMPLE.keys() & set(text):
+        text = text.replace("\\" + letter, _SIMPLE[letter])
     # the backslashes that are left begin escapes of code points, as in JSON, or stand for themselves
     text = escaped(text).replace(r"\\u", r"\u").replace(r"\\x", r"\u00")
     if r"\\U" in text:

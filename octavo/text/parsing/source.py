@@ -61,7 +61,8 @@ class Source:
     """One output. Grammars take its text and report what it is.
 
     Taken text is held until it is certain: `call` and `arguments` drop it, as part of a call; `release` reports it as
-    content, since there was no call after all. Whitespace at the end of content is held too, because a call may follow.
+    content, since it was no call after all or the output's end cuts it off. Whitespace at the end of content is held
+    too, because a call may follow.
     """
 
     def __init__(self) -> None:
@@ -71,13 +72,8 @@ class Source:
         self.events: list[Event] = []
         self._held: list[str] = []
         self._fresh = False  # whitespace that follows is dropped
-        self._in_call = False
         self._calls = 0
         self._budget = BUDGET
-
-    def feed(self, text: str) -> None:
-        self.text = text if self.at == len(self.text) else self.text[self.at :] + text
-        self.at = 0
 
     # ---- what was found
 
@@ -94,6 +90,7 @@ class Source:
 
     def _report(self, kind: type[Content] | type[Reasoning], text: str) -> None:
         body = text.rstrip(SPACE)
+        space = text[len(body) :]
         if body:
             if self._held:
                 body = "".join((*self._held, body))
@@ -102,9 +99,8 @@ class Source:
                 body = body.lstrip(SPACE)
                 self._fresh = False
             self.events.append(kind(body))
-            text = text[len(text.rstrip(SPACE)) :]
-        if text:
-            self._held.append(text)
+        if space:
+            self._held.append(space)
 
     def drop(self) -> None:
         """What is held was markup, and so is whitespace around it."""
@@ -115,12 +111,13 @@ class Source:
         """Whitespace that follows is dropped."""
         self._fresh = True
 
-    def call(self, name: str) -> None:
-        """A call of this name is certain."""
+    def call(self, name: str, ahead: str = "") -> None:
+        """A call of this name is certain; `ahead`, the end of what is held, is not yet part of it."""
         self.drop()
-        self._in_call = True
         self.events.append(ToolCall(self._calls, name))
         self._calls += 1
+        if ahead:
+            self._held.append(ahead)
 
     def arguments(self, text: str) -> None:
         """More of the arguments of the last call."""
@@ -128,28 +125,15 @@ class Source:
         if text:
             self.events.append(Arguments(self._calls - 1, text))
 
-    def pass_on(self, end: int) -> None:
-        """The text up to `end` is more of the arguments."""
+    def pass_on(self, end: int, convert: Callable[[str], str] = str) -> None:
+        """The text up to `end`, converted, is more of the arguments."""
         self._held.clear()
-        self.events.append(Arguments(self._calls - 1, self.text[self.at : end]))
+        self.events.append(Arguments(self._calls - 1, convert(self.text[self.at : end])))
         self.at = end
-
-    def end_call(self) -> None:
-        """The last call is whole."""
-        self.drop()
-        self._in_call = False
-
-    def give_up(self) -> None:
-        """The call is malformed or cut off: what is not certain is content, unless a certain call is cut off there."""
-        cut = self._in_call and self.ended and self.at == len(self.text)
-        self._in_call = False
-        if cut:
-            self.drop()
-        else:
-            self.release()
 
     def close(self) -> None:
         """The output is over: what is held was content after all."""
+        self.release()
         if self._held and not self._fresh:
             self.events.append(Content("".join(self._held)))
         self._held.clear()
@@ -228,6 +212,6 @@ class Source:
         """Drops the first of `words` that follows after whitespace; models forget it, so none need follow."""
         yield from self.spaces()
         for word in words:
-            if (yield from self.literal(word)) or (self.ended and self.at == len(self.text)):
+            if (yield from self.literal(word)):
                 self.drop()
                 return

@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from octavo.text.parsing import Content, Formats, Reasoning
+from octavo.text.parsing import Content, Formats, Reasoning, ToolCall
 from tests.text.parsing.outputs import (
     HARMONY,
     STYLES,
@@ -98,10 +98,22 @@ def test_damaged_text_in_any_pieces(style: Style) -> None:
         whole = parse(formats, text, in_reasoning=inside)
         for _ in range(3):
             assert parse(formats, text, cut(text, rng), in_reasoning=inside) == whole, text
-        if not any(type(event).__name__ == "ToolCall" for event in whole) and style is not HARMONY:
+        if not any(isinstance(event, ToolCall) for event in whole) and style is not HARMONY:
             shown = "".join(event.text for event in whole if isinstance(event, Content | Reasoning))
             kept = text.replace("<think>", "").replace("</think>", "")
             assert "".join(shown.split()) == "".join(kept.split()), text
+
+
+@pytest.mark.parametrize("style", [*STYLES, HARMONY], ids=lambda style: style.format)
+def test_no_text_is_lost_at_a_cut(style: Style) -> None:
+    """An output that ends anywhere, in a marker, a header, a name or a value, is shown to its last character."""
+    for rng in seeds(SAMPLES):
+        text = f"{'' if style.needs_beginning else prose(rng, style.near_misses)}{style.write(calls(rng), rng)}"
+        text = text[: rng.randrange(len(text) + 1)] + "the~end"
+        whole = parse(Formats(style.format), text)
+        shown = "".join(event.name if isinstance(event, ToolCall) else event.text for event in whole)
+        assert shown.endswith("the~end"), text
+        assert parse(Formats(style.format), text, cut(text, rng)) == whole, text
 
 
 def test_random_json_values_pass_verbatim() -> None:

@@ -58,6 +58,13 @@ WHOLE: list[tuple[str, str, list[Event]]] = [
     ("openai", "<|channel|>commentary to=functions.f<|message|><|call|>", call("f", "{}")),
     ("openai", "<|channel|>commentary<|message|>I will look.<|end|>", [Content("I will look.")]),
     ("openai", "plain", [Content("plain")]),
+    ("openai", "<|channel|>comm", [Content("<|channel|>comm")]),
+    ("glm45", "<tool_call>f<arg_key>ab", [ToolCall(0, "f"), Content("<arg_key>ab")]),
+    ("glm45", "<tool_call>f<arg_key>ab</tool_call> c", [ToolCall(0, "f"), Content("<arg_key>ab</tool_call> c")]),
+    ("hermes", '<tool_call>{"name": "f", "arguments": {}}</tool_c', [*call("f", "{}"), Content("</tool_c")]),
+    ("hermes", '<tool_call>{"name": "f", "arguments": {"a": [1}}</tool_call> x', [*call("f", '{"a": [1}}'), Content("</tool_call> x")]),  # noqa: E501
+    ("pythonic", "[f(text='a\\x4", call("f", '{"text": "a\\\\x4')),
+    ("pythonic", "[f(text='\\q\\\\\\U0001F600\\\n')]", call("f", '{"text": "\\\\q\\\\\\ud83d\\ude00"}')),
 ]  # fmt: skip
 
 
