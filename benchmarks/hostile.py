@@ -3,9 +3,9 @@
 python -m benchmarks.hostile [--slow]
 
 Starts `octavo serve` with the embedded model and prints, for each body, the status and size of the answer, how long it
-took and the longest gap between two events of the stream meanwhile. Every body must get a 4xx of less than 16 KiB within
-a second, and no gap may exceed 250 ms. Constraints that cost much and are legal may be answered with 200 and a token.
-Exits 1 over a limit. `--slow` prints only what is over a limit or half of it.
+took and the longest gap between two events of the stream meanwhile. Every body must get a 4xx of less than 16 KiB
+within a second, and no gap may exceed 250 ms. Constraints that cost much and are legal may be answered with 200 and
+a token. Exits 1 over a limit. `--slow` prints only what is over a limit or half of it.
 """
 
 from __future__ import annotations

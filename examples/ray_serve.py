@@ -1,7 +1,7 @@
 """Octavo behind Ray Serve: replicas of the whole server that come and go with the load.
 
-Each replica is an engine with Octavo's own HTTP application in front, so every route and every stream is as `octavo
-serve` has it; Serve's proxies share the requests out. Flags are those of `octavo serve`, and a few of Serve's:
+Each replica is an engine with Octavo's own HTTP application in front, so every route and every stream is as
+`octavo serve` has it; Serve's proxies share the requests out. Flags are the engine's, and a few of Serve's:
 
     python examples/ray_serve.py MODEL --max-replicas 4 --gpus-per-replica 1 --port 8000
 """
@@ -16,14 +16,14 @@ from ray import serve
 from ray.serve.config import AutoscalingConfig, HTTPOptions
 
 from octavo.config import EngineArgs
-from octavo.config.flags import add_engine_flags, add_server_flags, parse_given
+from octavo.config.flags import add_engine_flags, parse_given
+from octavo.formats.locate import DEFAULT_MODEL
 from octavo.server.backend import ServerSettings
 
 if TYPE_CHECKING:
     from starlette.applications import Starlette
 
 
-@serve.deployment
 @serve.ingress()
 class Octavo:
     """A replica. Serve starts it in its event loop, builds the application, asks for its health and ends it."""
@@ -48,10 +48,14 @@ class Octavo:
             await self.llm.shutdown()
 
 
-def main() -> None:
+def parser_of_flags() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_engine_flags(parser)
-    add_server_flags(parser)
+    server = parser.add_argument_group("server")
+    server.add_argument("--host", default="127.0.0.1", metavar="TEXT", help="Address to listen on (127.0.0.1)")
+    server.add_argument("--port", type=int, default=8000, metavar="N", help="Port to listen on (8000)")
+    server.add_argument("--api-key", nargs="+", default=[], metavar="TEXT", help="Keys of which a client must send one")
+    server.add_argument("--served-model-name", nargs="+", default=[], metavar="TEXT", help="Names of the model")
     group = parser.add_argument_group("replicas")
     group.add_argument("--min-replicas", type=int, default=1, metavar="N", help="Fewest replicas (1)")
     group.add_argument("--max-replicas", type=int, default=2, metavar="N", help="Most replicas (2)")
@@ -64,17 +68,19 @@ def main() -> None:
     )
     group.add_argument("--gpus-per-replica", type=int, default=0, metavar="N", help="GPUs that Ray gives each (0)")
     group.add_argument("--cpus-per-replica", type=int, default=1, metavar="N", help="CPUs that Ray gives each (1)")
-    flags = parser.parse_args()
-    engine, server, dropped = parse_given(flags)
+    return parser
+
+
+def main() -> None:
+    flags = parser_of_flags().parse_args()
+    engine, _, dropped = parse_given(flags)
     for line in dropped:
         print(line, file=sys.stderr)
     settings = ServerSettings(
-        served_model_names=server.served_model_name or (engine.model or "default",),
-        api_keys=server.api_key,
-        tool_call_parser=server.tool_call_parser,
-        reasoning_parser=server.reasoning_parser,
+        served_model_names=tuple(flags.served_model_name) or (engine.model or DEFAULT_MODEL,),
+        api_keys=tuple(flags.api_key),
     )
-    deployment = Octavo.options(
+    deployment = serve.deployment(Octavo).options(
         autoscaling_config=AutoscalingConfig(
             min_replicas=flags.min_replicas,
             max_replicas=flags.max_replicas,
@@ -85,7 +91,7 @@ def main() -> None:
         max_ongoing_requests=int(8 * flags.target_ongoing_requests),  # beyond it requests wait in Serve
         ray_actor_options={"num_cpus": flags.cpus_per_replica, "num_gpus": flags.gpus_per_replica},
     )
-    serve.start(http_options=HTTPOptions(host=server.host, port=server.port))
+    serve.start(http_options=HTTPOptions(host=flags.host, port=flags.port))
     serve.run(deployment.bind(engine, settings), name="octavo", blocking=True)
 
 

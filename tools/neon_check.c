@@ -11,7 +11,7 @@
 
 #include <stdio.h>
 
-enum { TOKENS_OF = 71, IN = 160, OUT = 48 };
+enum { TOKENS_OF = 71, IN = 320, OUT = 48 };
 
 static float uniform(void) {
     static uint32_t state = 1;
@@ -97,6 +97,6 @@ static int check(Team *team) {
 int main(void) {
     Arena arena = {0};
     Team team = {&arena, arena};
-    for (long i = 0; i < TOKENS_OF * IN; i++) x[i] = uniform() * (i % 37 ? 1 : 20);
+    for (long i = 0; i < TOKENS_OF * IN; i++) x[i] = uniform() * (i % IN == 5 ? 40 : 1);
     return check(&team);
 }

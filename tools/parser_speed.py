@@ -1,4 +1,4 @@
-"""Times the output parsers on text that is made to be slow to parse: python tools/parser_speed.py [FORMAT ...].
+"""Times the output parsers on text that is made to be slow to parse: python -m tools.parser_speed [FORMAT ...].
 
 Every format reads every text once as it is and once in pieces of 4 characters, the latter in part. The texts that take
 longest, and those that take longer than in proportion, are then measured: the median of 3 parses (process time) of 1 MB
@@ -20,7 +20,7 @@ SIZE = 1_000_000
 PIECE = 4
 WHOLE_LIMIT, CUT_LIMIT, GROWTH_LIMIT = 0.100, 1.0, 2.3
 CUT_PART = 16  # the first look at pieces reads this part of the text
-FINALISTS = 3  # of each kind
+FINALISTS = 3  # texts of each kind that are measured
 LEAST = 0.005  # a parse this quick is not measured well enough for a ratio: seconds
 
 TOOLS = [
@@ -53,73 +53,14 @@ OPENINGS = {
 }
 
 PATTERNS = [
-    *(
-        "<",
-        "{",
-        "[",
-        "(",
-        '"',
-        "'",
-        "\\",
-        " ",
-        "\n",
-        "a",
-        "1",
-        "é😀",
-        ",",
-        "}",
-        "]",
-        "<|",
-        "</",
-        "[T",
-        "`",
-        "-",
-        "=",
-        ";",
-    ),
-    *('"\\', '"\\"', "\\n", "\\\\", "\\u00e9", "\\x41", "\\\\n", "\\ud83d\\ude00", '"\\u00e9",', "\\'", "\t\r\n "),
-    *(
-        "[]",
-        "{}",
-        "[],",
-        "{},",
-        "[[],",
-        "[1,",
-        '{"a":',
-        '{"a":[',
-        '[{"":',
-        '{"a":{"a":1},"b":',
-        "1,",
-        '"",',
-        "'',",
-        "'a',\"a\",",
-    ),
-    *(
-        "[1],",
-        "[[1]],",
-        "[[[1]]],",
-        "[[[[1]]]],",
-        "[[[[1]]],",
-        "[[1],",
-        "1],",
-        "true,",
-        "null]",
-        "[[{}],",
-        '{"a":1},',
-        "a=1,",
-        "f(),",
-    ),
-    *(
-        '{"name":',
-        '{"name":"f"},',
-        '{"name":"f","arguments":{}},',
-        "[f(a=1)]",
-        "f(a=1),",
-        '{"parameters":{}',
-        '"name":"f",',
-    ),
-    *('{"name":"f","parameters":{}};', '"x":1,', "<think>", "</think>", "[f(a=[", "{1:", "True,", "1.5e3,", '{"":"",'),
-]
+    "<", "{", "[", "(", '"', "'", "\\", " ", "\n", "a", "1", "é😀", ",", "}", "]", "<|", "</", "[T", "`", "-", "=",
+    ";", '"\\', '"\\"', "\\n", "\\\\", "\\u00e9", "\\x41", "\\\\n", "\\ud83d\\ude00", '"\\u00e9",', "\\'", "\t\r\n ",
+    "[]", "{}", "[],", "{},", "[[],", "[1,", '{"a":', '{"a":[', '[{"":', '{"a":{"a":1},"b":', "1,", '"",', "'',",
+    "'a',\"a\",", "[1],", "[[1]],", "[[[1]]],", "[[[[1]]]],", "[[[[1]]],", "[[1],", "1],", "true,", "null]", "[[{}],",
+    '{"a":1},', "a=1,", "f(),", '{"name":', '{"name":"f"},', '{"name":"f","arguments":{}},', "[f(a=1)]", "f(a=1),",
+    '{"parameters":{}', '"name":"f",', '{"name":"f","parameters":{}};', '"x":1,', "<think>", "</think>", "[f(a=[",
+    "{1:", "True,", "1.5e3,", '{"":"",',
+]  # fmt: skip
 
 ROUTES = {
     "hermes": [
@@ -200,60 +141,59 @@ def seconds(name: str, text: str, piece: int) -> float:
     return time.process_time() - begin
 
 
-def median(name: str, text: str, piece: int) -> float:
-    return statistics.median(seconds(name, text, piece) for _ in range(3))
+@dataclass(frozen=True, slots=True, order=True)
+class Figure:
+    """Median seconds for 1 MB of a text, and how many times as long 2 MB takes."""
 
-
-@dataclass(frozen=True, slots=True)
-class Figures:
-    """Medians for 1 MB in seconds, and how many times as long 2 MB takes: the worse of one piece and many."""
-
-    text: tuple[str, str]
-    whole: float
-    cut: float
+    once: float
     growth: float
-
-    def exceeds(self) -> bool:
-        return self.whole > WHOLE_LIMIT or self.cut > CUT_LIMIT or self.growth > GROWTH_LIMIT
+    text: tuple[str, str]
 
 
-def measure(name: str, text: tuple[str, str]) -> Figures:
-    once, twice = repeated(*text, SIZE), repeated(*text, 2 * SIZE)
-    whole, cut = median(name, once, SIZE), median(name, once, PIECE)
-    growth = max(
-        median(name, twice, 2 * SIZE) / max(whole, LEAST),
-        median(name, twice, PIECE) / max(cut, LEAST),
+def measure(name: str, text: tuple[str, str], piece: int) -> Figure:
+    once, twice = (
+        statistics.median(seconds(name, repeated(*text, size), piece or size) for _ in range(3))
+        for size in (SIZE, 2 * SIZE)
     )
-    return Figures(text, whole, cut, growth)
+    return Figure(once, twice / max(once, LEAST), text)
 
 
-def finalists(name: str) -> Iterable[tuple[str, str]]:
-    """The texts that look slowest: in one piece, in pieces, and in growth (from a quarter to all of the text)."""
-    looks: list[list[tuple[float, tuple[str, str]]]] = [[], [], []]
+def finalists(name: str) -> tuple[Iterable[tuple[str, str]], Iterable[tuple[str, str]]]:
+    """The texts that look slowest, or as if time grows faster than text, in one piece; those that do in pieces."""
+    looks: list[list[tuple[float, tuple[str, str]]]] = [[], [], [], []]
     for text in texts(name):
         whole = seconds(name, repeated(*text, SIZE), SIZE)
         quarter = seconds(name, repeated(*text, SIZE // 4), SIZE)
         cut = seconds(name, repeated(*text, SIZE // CUT_PART), PIECE)
-        for look, value in zip(looks, (whole, cut, whole / max(quarter, LEAST)), strict=True):
+        less = seconds(name, repeated(*text, SIZE // CUT_PART // 4), PIECE)
+        values = (whole, whole / max(quarter, LEAST), cut, cut / max(less, LEAST))
+        for look, value in zip(looks, values, strict=True):
             look.append((value, text))
-    return dict.fromkeys(text for look in looks for _, text in sorted(look, reverse=True)[:FINALISTS])
+    slowest, growing, slowest_cut, growing_cut = ([text for _, text in sorted(look, reverse=True)] for look in looks)
+    return (
+        dict.fromkeys(slowest[:FINALISTS] + growing[:FINALISTS]),
+        dict.fromkeys(slowest_cut[:FINALISTS] + growing_cut[:1]),
+    )
 
 
 def main() -> int:
     failed = False
-    print(f"{'format':12} {'whole':>8} {'pieces':>8} {'growth':>7}  slowest in one piece; in pieces")
+    print(f"{'format':12} {'one piece':>18}  {'pieces':>14}   slowest texts")
     for name in sys.argv[1:] or OPENINGS:
-        found = [measure(name, text) for text in finalists(name)]
-        whole, cut = max(found, key=lambda one: one.whole), max(found, key=lambda one: one.cut)
-        growth = max(one.growth for one in found)
+        wholes, cuts = finalists(name)
+        whole = [measure(name, text, 0) for text in wholes]
+        cut = [measure(name, text, PIECE) for text in cuts]
         print(
-            f"{name:12} {whole.whole * 1e3:5.0f} ms {cut.cut:6.2f} s {growth:7.2f}"
-            f"  {''.join(whole.text)!r}; {''.join(cut.text)!r}",
+            f"{name:12} {max(whole).once * 1e3:8.0f} ms, x{max(one.growth for one in whole):.2f}"
+            f"  {max(cut).once:6.2f} s, x{max(one.growth for one in cut):.2f}"
+            f"   {''.join(max(whole).text)!r}  {''.join(max(cut).text)!r}",
             flush=True,
         )
-        for one in filter(Figures.exceeds, found):
-            failed = True
-            print(f"over: {one.text!r}: {one.whole * 1e3:.0f} ms, {one.cut:.2f} s, x{one.growth:.2f}", flush=True)
+        for found, limit in ((whole, WHOLE_LIMIT), (cut, CUT_LIMIT)):
+            for one in found:
+                if one.once > limit or one.growth > GROWTH_LIMIT:
+                    failed = True
+                    print(f"over: {''.join(one.text)!r}: {one.once:.3f} s (limit {limit:g}), x{one.growth:.2f}")
     return 1 if failed else 0
 
 

@@ -78,7 +78,7 @@ class InputProcessor:
     ) -> tuple[Request, str | None]:
         """The request, and the prompt's text where it was text. Raises InvalidRequest naming the parameter.
 
-        With structured outputs this compiles a grammar, for up to 0.2 s, and prepares the vocabulary unless it has been.
+        With structured outputs this compiles a grammar, for up to 0.2 s, and prepares the vocabulary first.
         The grammar alone then says where the text ends: `ignore_eos` has no effect.
         """
         text, ids, salt = _parse(prompt)

@@ -7,11 +7,12 @@ and handed to layers. Owns no state and no memory: functions return new tensors,
 
 from __future__ import annotations
 
-from typing import Protocol
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Protocol
 
 from octavo.core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Kernels(Protocol):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from os import cpu_count
@@ -27,6 +28,8 @@ FORMATS = {
     "Q6_K": Format.Q6_16,
 }
 """By the file's format. The products of two scales that _K formats have are rounded to float16 (1 part in 2048)."""
+NIBBLES = {"Q4_0": 2, "Q4_1": 4}
+"""Formats whose codes lie in a block as the kernel has them: where they begin, after a scale and maybe a minimum."""
 _CHUNK = 2**19
 """Numbers taken apart at a time: their temporaries stay in the cache, and threads have something to share."""
 _MAX_THREADS = 16
@@ -40,19 +43,34 @@ class GGUF(PackedScheme):
     def pack(self, tensor: Tensor | Blocks, dtype: torch.dtype) -> Packed | Tensor:
         if isinstance(tensor, Tensor):
             return tensor.to(dtype, copy=True)
+        _compile_soon(FORMATS[tensor.type])
         step = max(_CHUNK // tensor.shape[1] // quant_linear.PANEL, 1) * quant_linear.PANEL
         chunks = torch.split(tensor.data, step)
-        with ThreadPoolExecutor(min(cpu_count() or 1, len(chunks), _MAX_THREADS), "pack") as pool:
-            return quant_linear.stack(list(pool.map(partial(_pack, tensor.type, tensor.shape[1]), chunks)))
+        pack = partial(_pack, tensor.type, tensor.shape[1])
+        return quant_linear.stack(list((_pool().map if len(chunks) > 1 else map)(pack, chunks)))
+
+
+@functools.cache
+def _pool() -> ThreadPoolExecutor:
+    """Threads start once for all matrices."""
+    return ThreadPoolExecutor(min(cpu_count() or 1, _MAX_THREADS), "pack")
+
+
+_compile_soon = functools.cache(quant_linear.compile_soon)
 
 
 def _pack(type_name: str, columns: int, rows: Tensor) -> Packed:
     blocks = np.ascontiguousarray(rows.numpy()).reshape(-1, block_of(type_name)[1])
+    format = FORMATS[type_name]
+    if (at := NIBBLES.get(type_name)) is not None:
+        outs = rows.shape[0]
+        numbers = np.ascontiguousarray(blocks[:, :at]).view(np.float16).reshape(outs, -1, at // 2)
+        minima = numbers[..., 1] if format.has_min else None
+        return quant_linear.pack_nibbles(format, blocks[:, at:].reshape(outs, -1, 16), numbers[..., 0], minima)
     with np.errstate(invalid="ignore", over="ignore"):
         parts = unpack(blocks, type_name)
     codes = torch.from_numpy(parts.codes).view(-1, columns)
     scales = torch.from_numpy(parts.scales).view(codes.shape[0], -1)
     minima = None if parts.minima is None else torch.from_numpy(parts.minima).view(codes.shape[0], -1)
-    format = FORMATS[type_name]
     assert parts.zero == format.zero
     return quant_linear.pack(format, codes, scales, minima)

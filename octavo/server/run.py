@@ -27,7 +27,7 @@ _KEEP_ALIVE_SECONDS = 75
 _FLUSH_SECONDS = 1.0
 """For clients to read the last words of a stream."""
 _SWITCH_SECONDS = 0.0005
-"""After so long a thread that parses or renders lets the event loop go on; each of its system calls may wait as long."""
+"""How long a thread that parses or renders may hold the interpreter while the event loop wants to go on."""
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 

@@ -36,7 +36,7 @@ def _is_closable(schema: Mapping[str, Any]) -> bool:
     names = schema.get("properties")
     if names is None or "additionalProperties" in schema or "patternProperties" in schema:
         return False
-    return names.keys() >= set(schema.get("required", ())) and len(names) >= schema.get("minProperties", 0)
+    return bool(names.keys() >= set(schema.get("required", ())) and len(names) >= schema.get("minProperties", 0))
 
 
 def _with_all_below(schemas: Iterable[dict[str, Any]], places: Mapping[str, dict[str, Any] | bool]) -> set[int]:

@@ -329,6 +329,8 @@ def test_as_many_gpus_as_ranks() -> None:
     two = msgspec.structs.replace(GPU, count=2)
     assert config(LARGE, two, tensor_parallel_size=2).parallel.ranks == 2
     assert "needs 4 GPUs, but 2 can be seen" in refusal(LARGE, two, tensor_parallel_size=2, pipeline_parallel_size=2)
+    elsewhere = {"tensor_parallel_size": 2, "pipeline_parallel_size": 2, "distributed_executor_backend": "ray"}
+    assert config(LARGE, two, **elsewhere).parallel.backend == "ray"
 
 
 def test_ranks_leave_more_of_a_gpu_to_the_kv_cache() -> None:

@@ -116,19 +116,18 @@ async def gone(pids: list[int]) -> None:
             await asyncio.sleep(0.01)
 
 
-@pytest.mark.parametrize(("tensor", "pipeline"), [(2, 1), (2, 2)])
-def test_tokens_equal_those_of_one_process(folder: Path, tensor: int, pipeline: int) -> None:
+def test_tokens_equal_those_of_one_process(folder: Path) -> None:
     alone = tiny_config(folder, **OPTIONS)
     one = Engine(alone, executor=InlineExecutor(alone))
     one.load()
     wanted, masked = generate(one), generate_after_a_mask(one)
     assert masked[0] == 5
-    config = tiny_config(folder, tensor_parallel_size=tensor, pipeline_parallel_size=pipeline, **OPTIONS)
+    config = tiny_config(folder, tensor_parallel_size=2, pipeline_parallel_size=2, **OPTIONS)
     before, shared = open_files(), set(os.listdir("/dev/shm"))
     engine = Engine(config)
     engine.load()
     ranks = ranks_of(os.getpid())
-    assert len(ranks) == tensor * pipeline - 1
+    assert len(ranks) == 3
     assert generate(engine) == wanted
     assert generate(engine) == wanted
     assert generate_after_a_mask(engine) == masked
@@ -193,7 +192,7 @@ async def consume(llm: AsyncLLM, prompt: list[int], tokens: int = 50) -> list[in
     return got
 
 
-async def test_clients_hear_of_a_killed_rank_and_nothing_is_left(folder: Path) -> None:
+async def test_clients_hear_of_a_killed_rank_and_ranks_leave_with_a_killed_engine(folder: Path) -> None:
     llm = await start(folder)
     pids = descendants(os.getpid())
     (rank,) = ranks_of(os.getpid())
@@ -211,11 +210,13 @@ async def test_clients_hear_of_a_killed_rank_and_nothing_is_left(folder: Path) -
     again = await start(folder)
     assert await consume(again, [3, 4], 5) == wanted
     pids = descendants(os.getpid())
-    await again.shutdown()
+    (engine,) = [p for p in pids if b"octavo.engine" in Path(f"/proc/{p}/cmdline").read_bytes()]
+    os.kill(engine, signal.SIGKILL)
     await gone(pids)
+    await again.shutdown()
 
 
-async def test_an_idle_engine_hears_of_it_too_and_ranks_leave_with_the_engine(folder: Path) -> None:
+async def test_an_idle_engine_hears_of_it_too(folder: Path) -> None:
     llm = await start(folder)
     pids = descendants(os.getpid())
     (rank,) = ranks_of(os.getpid())
@@ -223,13 +224,4 @@ async def test_an_idle_engine_hears_of_it_too_and_ranks_leave_with_the_engine(fo
     await gone(pids)
     with pytest.raises(EngineDead, match="rank 1"):
         await consume(llm, [1, 2])
-    await llm.shutdown()
-
-
-async def test_ranks_leave_when_the_engine_is_killed(folder: Path) -> None:
-    llm = await start(folder)
-    pids = descendants(os.getpid())
-    (engine,) = [p for p in pids if b"octavo.engine" in Path(f"/proc/{p}/cmdline").read_bytes()]
-    os.kill(engine, signal.SIGKILL)
-    await gone(pids)
     await llm.shutdown()

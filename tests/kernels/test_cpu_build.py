@@ -70,6 +70,21 @@ def test_threads_share_one_library(sources: Path) -> None:
 
 
 @needs_compiler
+def test_those_that_start_together_compile_once(sources: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As ranks do: each finds no library, and the lock is between open files, so threads stand for processes."""
+    (sources / "a.c").write_text(SOURCE % 9)
+    calls: list[Path] = []
+    compile_ = build._compile
+    monkeypatch.setattr(build, "_compile", lambda path, *rest: calls.append(path) or compile_(path, *rest))
+    threads = [threading.Thread(target=build._load, args=("key", ("a.c",), build.NATIVE)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(calls) == 1
+
+
+@needs_compiler
 def test_a_source_that_does_not_compile(sources: Path) -> None:
     (sources / "bad.c").write_text("int f(void) { return missing; }\n")
     for _ in range(2):

@@ -53,7 +53,10 @@ def matrix(format: Format, outs: int, columns: int, seed: int = 0) -> tuple[Pack
 
 
 def activations(count: int, columns: int, dtype: torch.dtype, seed: int = 1) -> Tensor:
-    """Multiples of a block's finer step, and away from the middle between two of its coarse ones; some stand out."""
+    """Multiples of a block's finer step, and away from the middle between two of its coarse ones; some stand out.
+
+    The first block is the largest of its row.
+    """
     generator = torch.Generator().manual_seed(seed)
     shape = (count, columns // COLUMNS, COLUMNS)
     coarse = torch.randint(-126, 127, shape, generator=generator)
@@ -63,19 +66,21 @@ def activations(count: int, columns: int, dtype: torch.dtype, seed: int = 1) -> 
     near[0, 0] = 127
     near[-1, -1, ::2] = -127
     steps = torch.exp2(torch.randint(-9, 3, (count, shape[1], 1), generator=generator).float())
+    steps[:, 0] = 16
     return (near * steps).view(count, columns).to(dtype)
 
 
 def rounded(x: Tensor, fine: bool) -> Tensor:
     """What the kernel multiplies instead of x, in float64.
 
-    Integers times 1 / 127 of a block's largest, or 1 / 128 of that: if `fine`, or it has more than half the energy.
+    Integers times 1 / 127 of a block's largest, or 1 / 128 of that: if `fine`, or if the largest is 14 times the root
+    mean square of its row.
     """
     blocks = x.double().view(x.shape[0], -1, COLUMNS)
     most = blocks.abs().amax(2, keepdim=True)
     step = torch.where(most > 0, most, 1) / 127
     exact = (blocks / step * 128).round() / 128
-    stands_out = 2 * most**2 > blocks.square().sum(2, keepdim=True)
+    stands_out = most**2 > 14**2 * blocks.square().mean((1, 2), keepdim=True)
     return (torch.where(stands_out | fine, exact, (exact + 2**-9).round()) * step).view(x.shape)
 
 

@@ -12,6 +12,7 @@
 #define KEYS 64
 #define PART 512
 #define MAX_DIM 256
+#define MANY 8 /* pieces from which a thread takes all KV heads of one, which lie side by side in memory */
 
 /* What a step's layers share: see octavo.attention.cpu. */
 typedef struct {
@@ -84,34 +85,35 @@ static void gather(float *into, const void *row[], const void *const other[], lo
     }
 }
 
-/* sums[c][r] = row[r] . x[c] over k floats; x[c] lie `stride` apart. */
-INLINE void dot_tile(const void *const row[ROWS], const float *x, long stride, int columns, long k,
-                     float sums[][ROWS]) {
+/* sums[c][r] = row[r] . x[c] over k floats, or bfloat16 if `half`; x[c] lie k floats apart. */
+INLINE void dot_tile(const void *const row[ROWS], const float *x, int columns, long k, bool half, float sums[][ROWS]) {
     vf total[TOKENS][ROWS] = {{{0}}};
     for (long i = 0; i < k; i += VL) {
         vf now[ROWS];
-        UNROLL for (int r = 0; r < ROWS; r++) now[r] = load((const float *)row[r] + i);
+        UNROLL for (int r = 0; r < ROWS; r++) now[r] = get(row[r], i, half);
         UNROLL for (int c = 0; c < columns; c++) {
-            vf column = load(x + c * stride + i);
+            vf column = load(x + c * k + i);
             UNROLL for (int r = 0; r < ROWS; r++) total[c][r] += now[r] * column;
         }
     }
     UNROLL for (int c = 0; c < columns; c++) sums_of(total[c], sums[c]);
 }
 
-__attribute__((noinline)) static void dot_many(const void *const row[ROWS], const float *x, long dim,
-                                               float sums[][ROWS]) {
-    dot_tile(row, x, dim, TOKENS, dim, sums);
-}
+typedef void Dot(const void *const row[ROWS], const float *x, long k, float sums[][ROWS]);
 
-__attribute__((noinline)) static void dot_one(const void *const row[ROWS], const float *x, long dim,
-                                              float sums[][ROWS]) {
-    dot_tile(row, x, dim, 1, dim, sums);
-}
+#define DOT(name, columns, half)                                                                                       \
+    __attribute__((noinline)) static void name(const void *const row[ROWS], const float *x, long k, float sums[][ROWS]) { \
+        dot_tile(row, x, columns, k, half, sums);                                                                      \
+    }
+DOT(dot_one, 1, false)
+DOT(dot_many, TOKENS, false)
+DOT(dot_one_half, 1, true)
+DOT(dot_many_half, TOKENS, true)
+static Dot *const dots[2][2] = {{dot_one, dot_many}, {dot_one_half, dot_many_half}};
 
 /* scores[c][i] = q[c] . key[i]; the values come closer meanwhile. */
 static void score(Scratch *s, const void *const key[], const void *const value[], long bytes, long keys, long columns,
-                  long dim) {
+                  long dim, bool half) {
     for (long i = 0; i < keys; i += ROWS) {
         const void *quad[ROWS];
         float sums[TOKENS][ROWS];
@@ -121,8 +123,9 @@ static void score(Scratch *s, const void *const key[], const void *const value[]
             fetch(value[j], bytes);
         }
         for (long c = 0; c < columns;) {
-            const long count = columns - c < TOKENS ? 1 : TOKENS;
-            (count == 1 ? dot_one : dot_many)(quad, s->q + c * dim, dim, sums);
+            const bool many = columns - c >= TOKENS;
+            const long count = many ? TOKENS : 1;
+            dots[half][many](quad, s->q + c * dim, dim, sums);
             for (long j = 0; j < count; j++) memcpy(&s->scores[c + j][i], sums[j], sizeof sums[j]);
             c += count;
         }
@@ -158,15 +161,14 @@ INLINE void soften(Scratch *s, long column, long from, long to, long dim) {
  * With `next` the keys there, `bytes` each, come closer meanwhile.
  */
 INLINE void mix_tile(float *out, const float *weight, const void *const value[], long keys, int columns, int wide,
-                     long d, long dim, const void *const next[], long bytes) {
+                     bool half, long d, long dim, const void *const next[], long bytes) {
     vf total[TOKENS][ROWS];
     UNROLL for (int j = 0; j < columns; j++)
         UNROLL for (int w = 0; w < wide; w++) total[j][w] = load(out + j * dim + d + w * VL);
     for (long i = 0; i < keys; i++) {
-        const float *from = (const float *)value[i] + d;
         if (next) fetch(next[i], bytes);
         vf row[ROWS];
-        UNROLL for (int w = 0; w < wide; w++) row[w] = load(from + w * VL);
+        UNROLL for (int w = 0; w < wide; w++) row[w] = get(value[i], d + w * VL, half);
         UNROLL for (int j = 0; j < columns; j++) {
             vf share = splat(weight[j * KEYS + i]);
             UNROLL for (int w = 0; w < wide; w++) total[j][w] += share * row[w];
@@ -176,27 +178,33 @@ INLINE void mix_tile(float *out, const float *weight, const void *const value[],
         UNROLL for (int w = 0; w < wide; w++) store(out + j * dim + d + w * VL, total[j][w]);
 }
 
-#define MIX(name, columns, wide)                                                                              \
-    __attribute__((noinline)) static void name(float *out, const float *weight, const void *const value[], long keys, long d,           \
-                     long dim, const void *const next[], long bytes) {                                        \
-        mix_tile(out, weight, value, keys, columns, wide, d, dim, next, bytes);                               \
-    }
-MIX(mix_many, TOKENS, ROWS)
-MIX(mix_many_narrow, TOKENS, 1)
-MIX(mix_one, 1, ROWS)
-MIX(mix_one_narrow, 1, 1)
+typedef void Mix(float *out, const float *weight, const void *const value[], long keys, long d, long dim,
+                 const void *const next[], long bytes);
 
-static void mix(Scratch *s, const void *const value[], long keys, long columns, long dim, const void *const next[],
-                long bytes) {
+#define MIX(name, columns, wide, half)                                                                               \
+    __attribute__((noinline)) static void name(float *out, const float *weight, const void *const value[], long keys, \
+                                               long d, long dim, const void *const next[], long bytes) {             \
+        mix_tile(out, weight, value, keys, columns, wide, half, d, dim, next, bytes);                                \
+    }
+#define MIXES(name, half)          \
+    MIX(name##_narrow, 1, 1, half) \
+    MIX(name, 1, ROWS, half)       \
+    MIX(name##s_narrow, TOKENS, 1, half) MIX(name##s, TOKENS, ROWS, half)
+MIXES(mix_float, false)
+MIXES(mix_half, true)
+static Mix *const mixes[2][2][2] = {{{mix_float_narrow, mix_float}, {mix_floats_narrow, mix_floats}},
+                                    {{mix_half_narrow, mix_half}, {mix_halfs_narrow, mix_halfs}}};
+
+static void mix(Scratch *s, const void *const value[], long keys, long columns, long dim, bool half,
+                const void *const next[], long bytes) {
     for (long c = 0; c < columns;) {
         const bool many = columns - c >= TOKENS;
-        float *out = s->out + c * dim;
-        long d = 0;
-        for (; d + ROWS * VL <= dim; d += ROWS * VL) {
-            (many ? mix_many : mix_one)(out, s->scores[c], value, keys, d, dim, next, bytes);
+        for (long d = 0; d < dim;) {
+            const bool wide = d + ROWS * VL <= dim;
+            mixes[half][many][wide](s->out + c * dim, s->scores[c], value, keys, d, dim, next, bytes);
             next = NULL;
+            d += wide ? ROWS * VL : VL;
         }
-        for (; d < dim; d += VL) (many ? mix_many_narrow : mix_one_narrow)(out, s->scores[c], value, keys, d, dim, NULL, 0);
         c += many ? TOKENS : 1;
     }
 }
@@ -209,11 +217,12 @@ typedef struct {
 static void tile_of_keys(Scratch *s, const Step *step, Rows *rows, const Rows *next, long from, long keys, long columns,
                          long group, long first) {
     const long dim = rounded(step->dim), bytes = step->dim * (step->half_kv ? 2 : 4);
-    if (step->half_kv || dim != step->dim) {
+    const bool padded = dim != step->dim, half = step->half_kv && !padded && columns <= TOKENS; /* read as they are */
+    if (padded || (step->half_kv && !half)) {
         gather(s->k, rows->key, rows->value, keys, step->dim, dim, step->half_kv);
         gather(s->v, rows->value, next->key, keys, step->dim, dim, step->half_kv);
     }
-    score(s, rows->key, rows->value, bytes, keys, columns, dim);
+    score(s, rows->key, rows->value, bytes, keys, columns, dim, half);
     for (long c = 0; c < columns; c++) {
         long position = first + c / group, low = step->window ? position - step->window + 1 - from : 0;
         long end = position + 1 - from;
@@ -222,11 +231,11 @@ static void tile_of_keys(Scratch *s, const Step *step, Rows *rows, const Rows *n
         if (low < end) soften(s, c, low, end, dim);
         else memset(s->scores[c], 0, sizeof s->scores[c]);
     }
-    mix(s, rows->value, keys, columns, dim, next->key, bytes);
+    mix(s, rows->value, keys, columns, dim, half, next->key, bytes);
 }
 
-/* Heads [h, h + group) of a piece's query tokens, all of which share KV head `head`. */
-static void attend(Scratch *s, const Call *call, const Piece *piece, long head, long h, long group) {
+/* Heads [h, h + group) of a piece's query tokens, all of which share KV head `head`; the caller goes on with head `next`. */
+static void attend(Scratch *s, const Call *call, const Piece *piece, long head, long h, long group, long next) {
     const Step *step = call->step;
     const Attention *of = call->of;
     const long dim = rounded(step->dim), columns = piece->count * group;
@@ -248,9 +257,12 @@ static void attend(Scratch *s, const Call *call, const Piece *piece, long head, 
     addresses(rows[0].value, step, of->v, table, piece->from, keys, head);
     for (long i = 0, from = piece->from; from < piece->to; i ^= 1) {
         const long after = from + keys, more = piece->to - after < KEYS ? piece->to - after : KEYS;
-        addresses(rows[!i].key, step, of->k, table, after, more, head);
-        addresses(rows[!i].value, step, of->v, table, after, more, head);
-        for (long j = more; j < KEYS; j++) rows[!i].key[j] = rows[i].key[0];
+        if (more > 0) {
+            addresses(rows[!i].key, step, of->k, table, after, more, head);
+            addresses(rows[!i].value, step, of->v, table, after, more, head);
+        } else
+            addresses(rows[!i].key, step, of->k, table, piece->from, keys, next);
+        for (long j = more > 0 ? more : keys; j < KEYS; j++) rows[!i].key[j] = rows[i].key[0];
         tile_of_keys(s, step, rows + i, rows + !i, from, keys, columns, group, first);
         from = after;
         keys = more;
@@ -326,12 +338,13 @@ EXPORT int attention(Team *team, const void *arguments) {
 #pragma omp single
     list(step, piece, &(long){0});
     Scratch scratch;
-#pragma omp for schedule(dynamic, 1)
+    const long together = pieces >= MANY ? step->kv_heads : 1;
+#pragma omp for schedule(dynamic, together)
     for (long i = 0; i < pieces * step->kv_heads; i++) {
-        const long head = i % step->kv_heads;
+        const long head = i % step->kv_heads, next = head + 1 < step->kv_heads ? head + 1 : head;
         for (long h = 0; h < group; h += COLUMNS) {
             const long count = group - h < COLUMNS ? group - h : COLUMNS;
-            attend(&scratch, &call, piece + i / step->kv_heads, head, head * group + h, count);
+            attend(&scratch, &call, piece + i / step->kv_heads, head, head * group + h, count, next);
         }
     }
     if (!parts) return 0;

@@ -14,7 +14,7 @@
 #include <string.h>
 
 #if defined(__x86_64__)
-#include <immintrin.h>
+#include "x86.h"
 #elif defined(__ARM_NEON)
 #include <arm_neon.h>
 #endif

@@ -12,9 +12,9 @@
 
    Each block of 32 activations of a row becomes d * (q + r / 128), d = max |x| / 127, q and r integers of 8 bits, so that
    the product of a block is exact integer arithmetic, scaled once: d * scale * (sum(code * q) - zero * sum(q)) + minimum *
-   d * sum(q). The remainder r counts only in blocks of which one value has more than half of the energy (max^2 > sum(x^2)
-   / 2): there d is coarse for all others. In language models that is a fifth of them, so the remainders, which are
-   multiplied like further rows of x, cost little and make the error a third.
+   d * sum(q). The remainder r counts only in blocks with a value that is OUTLIER times the root mean square of its row:
+   there d is coarse for all others, and such a block's error is most of the row's. In language models that is a hundredth
+   of the blocks, so the remainders, which are multiplied like further rows of x, cost nothing.
 
    A residual addition and RMSNorm may come before, SwiGLU after. */
 
@@ -27,7 +27,8 @@
 
 #define COLUMNS 32
 #define PANEL 16
-#define AHEAD 1024   /* bytes of weights that a single row's product prefetches */
+#define OUTLIER 14
+#define AHEAD 1024   /* bytes of weights that are prefetched */
 #define ROW_BLOCK 64 /* rows of x that share a pass over a panel, which stays in the cache */
 
 enum { FLOAT32, BFLOAT16 };
@@ -120,17 +121,15 @@ INLINE void fill(struct record *record, float d, const int16_t *q, long width, i
         for (int i = 0; i < COLUMNS; i++) record->q[i] = (int8_t)q[i];
 }
 
-/* Columns 32 b.. of a row. The sum with 1.5 * 2^23 leaves the nearest integer, ties to even, in the lowest bits. */
-static void quantize(const float *values, const struct activations *x, long row, long b, int zero) {
+/* Columns 32 b.. of a row. r counts if a square is above `limit`. The sum with 1.5 * 2^23 leaves the nearest integer, ties
+   to even, in the lowest bits. */
+static void quantize(const float *values, const struct activations *x, long row, long b, int zero, float limit) {
     const long block = row / ROW_BLOCK * x->blocks + b, of = row % ROW_BLOCK;
     uint32_t top = 0;
-    float squares[8] = {0}, energy = 0;
     for (int i = 0; i < COLUMNS; i++) {
         const uint32_t magnitude = to_bits(values[i]) & 0x7fffffffu;
         top = magnitude > top ? magnitude : top;
-        squares[i % 8] += values[i] * values[i];
     }
-    for (int i = 0; i < 8; i++) energy += squares[i];
     const float most = from_bits(top), d = most / 127, inverse = most < 1e-30f ? 0 : 127 * 128 / most;
     int16_t both[COLUMNS], q[COLUMNS], r[COLUMNS];
     for (int i = 0; i < COLUMNS; i++)
@@ -145,7 +144,7 @@ static void quantize(const float *values, const struct activations *x, long row,
         r[i] = (int16_t)(both[i] - 128 * q[i]);
     }
     fill(record_of(x, block, 0, of), d, q, 1, zero);
-    const bool counts = 2 * most * most > energy;
+    const bool counts = most * most > limit;
     if (counts) fill(record_of(x, block, 1, of), d / 128, r, 1, zero);
     x->flags[block * ROW_BLOCK + of] = counts;
 }
@@ -171,9 +170,15 @@ INLINE void widen_numbers(const int bits, const int group, const int has_min, co
     }
 }
 
-/* total[m] += a block times a record, for each of `rows`. */
+/* The record `m` places on. */
+INLINE const struct record *after(const int bits, const struct record *x, const long m) {
+    const long size = (long)sizeof *x + COLUMNS * (bits == 8 && WIDE_X ? 2 : 1);
+    return (const struct record *)((const char *)x + m * size);
+}
+
+/* total[m] += a block times the record x + m, for each of `rows`. */
 INLINE void multiply(const int bits, const int group, const int has_min, const int rows, const uint8_t *block,
-                     const struct numbers *numbers, const struct record *const x[], floats total[][VECS]) {
+                     const struct numbers *numbers, const struct record *x, floats total[][VECS]) {
     const int width = bits == 8 && WIDE_X ? 2 : 1, quads = group / 4, signed_codes = bits == 8 && SIGNED_BYTES;
     sums part[MAX_ROWS][VECS];
     ints whole[MAX_ROWS][VECS];
@@ -183,7 +188,7 @@ INLINE void multiply(const int bits, const int group, const int has_min, const i
         codes w[VECS];
         UNROLL for (int v = 0; v < VECS; v++) w[v] = fetch(bits, block, quad, v);
         UNROLL for (int m = 0; m < rows; m++) UNROLL for (int v = 0; v < VECS; v++)
-            part[m][v] = dot(bits, part[m][v], w[v], x[m]->q + 4 * quad * width);
+            part[m][v] = dot(bits, part[m][v], w[v], after(bits, x, m)->q + 4 * quad * width);
         const int last = quad % quads == quads - 1;
         if (last || quad % run(bits) == run(bits) - 1)
             UNROLL for (int m = 0; m < rows; m++) UNROLL for (int v = 0; v < VECS; v++) {
@@ -193,60 +198,56 @@ INLINE void multiply(const int bits, const int group, const int has_min, const i
         if (!last) continue;
         UNROLL for (int m = 0; m < rows; m++) UNROLL for (int v = 0; v < VECS; v++) {
             if (!has_min && !signed_codes) {
-                ints zeros = all_ints(group == 32 ? x[m]->zeros : x[m]->low_zeros);
-                if (quad >= quads) zeros = sub_ints(all_ints(x[m]->zeros), zeros);
+                ints zeros = all_ints(group == 32 ? after(bits, x, m)->zeros : after(bits, x, m)->low_zeros);
+                if (quad >= quads) zeros = sub_ints(all_ints(after(bits, x, m)->zeros), zeros);
                 whole[m][v] = sub_ints(whole[m][v], zeros);
             }
             const floats scale = load_floats(numbers->scales[quad / quads] + v * LANES);
-            total[m][v] = multiply_add(multiply_floats(scale, all_floats(x[m]->d)), to_floats(whole[m][v]), total[m][v]);
+            total[m][v] = multiply_add(multiply_floats(scale, all_floats(after(bits, x, m)->d)), to_floats(whole[m][v]), total[m][v]);
             whole[m][v] = all_ints(0);
             if (has_min)
-                total[m][v] = multiply_add(load_floats(numbers->minima + v * LANES), all_floats(x[m]->sum), total[m][v]);
+                total[m][v] = multiply_add(load_floats(numbers->minima + v * LANES), all_floats(after(bits, x, m)->sum), total[m][v]);
         }
     }
 }
 
-typedef void block_function(const uint8_t *, const struct numbers *, const struct record *const[], float *const[]);
+typedef void block_function(const uint8_t *, const struct numbers *, const struct record *, float *);
 
-/* to[m] += a block times x[m]. A function for each number of rows: in one function the compiler would share work between
-   them and run out of registers. */
+/* to[m] += a block times the record x + m, 16 floats each. A function for each number of rows: in one function the compiler
+   would share work between them and run out of registers. */
 #define BLOCK(name, bits, group, has_min, rows)                                                                       \
     static __attribute__((noinline)) void name##_##rows(const uint8_t *block, const struct numbers *numbers,         \
-                                                        const struct record *const x[], float *const to[]) {         \
+                                                        const struct record *x, float *to) {                          \
         floats total[rows][VECS];                                                                                     \
         UNROLL for (int m = 0; m < rows; m++) UNROLL for (int v = 0; v < VECS; v++)                                   \
-            total[m][v] = load_floats(to[m] + v * LANES);                                                             \
+            total[m][v] = load_floats(to + PANEL * m + v * LANES);                                                    \
         multiply(bits, group, has_min, rows, block, numbers, x, total);                                               \
         UNROLL for (int m = 0; m < rows; m++) UNROLL for (int v = 0; v < VECS; v++)                                   \
-            store_floats(to[m] + v * LANES, total[m][v]);                                                             \
+            store_floats(to + PANEL * m + v * LANES, total[m][v]);                                                    \
     }
 
 /* to [count, 16] = a panel times `count` rows of x from the first of a ROW_BLOCK on; in each block, rows of which r counts
    come again. */
 INLINE void multiply_rows(const int bits, const int group, const int has_min, block_function *const of[], const uint8_t *block,
                           const struct activations *x, long row_block, long count, float *to) {
-    enum { MAX_SIZE = 3 };
-    static const int sizes[] = {1, 2, 4, MAX_ROWS};
     memset(to, 0, (size_t)count * PANEL * sizeof *to);
     for (long b = 0; b < x->blocks; b++, block += block_bytes(bits, group, has_min)) {
         const long from = row_block * x->blocks + b;
-        const uint8_t *flags = x->flags + from * ROW_BLOCK;
-        const struct record *with[2 * ROW_BLOCK];
-        float *total[2 * ROW_BLOCK];
+        const struct record *first = record_of(x, from, 0, 0);
         struct numbers numbers;
-        long all = count;
-        for (long m = 0; m < count; m++) {
-            with[m] = record_of(x, from, 0, m), total[m] = to + PANEL * m;
-            if (x->planes == 1) continue;
-            with[all] = record_of(x, from, 1, m), total[all] = to + PANEL * m;
-            all += flags[m];
-        }
+        for (int i = 0; i < block_bytes(bits, group, has_min); i += 64) __builtin_prefetch(block + AHEAD + i);
         widen_numbers(bits, group, has_min, block, &numbers);
-        for (long i = 0, size = MAX_SIZE; i < all; i += sizes[size]) {
-            const long end = i < count ? count : all; /* a row is not twice among those of a call */
-            if (i == count) size = MAX_SIZE;
-            while (sizes[size] > end - i) size--;
-            of[size](block, &numbers, with + i, total + i);
+        for (long m = 0; m < count;) {
+            const long left = count - m, size = left == 8 ? 2 : left >= 6 ? 3 : left >= 4 ? 2 : left >= 2;
+            of[size](block, &numbers, after(bits, first, m), to + PANEL * m);
+            m += size == 3 ? 6 : 1 << size;
+        }
+        if (x->planes == 1) continue;
+        for (long m = 0; m < count; m += 8) {
+            uint64_t any;
+            memcpy(&any, x->flags + from * ROW_BLOCK + m, sizeof any);
+            for (long i = m; any && i < count && i < m + 8; i++)
+                if (x->flags[from * ROW_BLOCK + i]) of[0](block, &numbers, record_of(x, from, 1, i), to + PANEL * i);
         }
     }
 }
@@ -257,14 +258,12 @@ INLINE void multiply_row(const int bits, const int group, const int has_min, con
     floats total[1][VECS];
     UNROLL for (int v = 0; v < VECS; v++) total[0][v] = all_floats(0);
     for (long b = 0; b < x->blocks; b++, block += block_bytes(bits, group, has_min)) {
-        const struct record *with[] = {record_of(x, b, 0, 0)};
         struct numbers numbers;
         for (int i = 0; i < block_bytes(bits, group, has_min); i += 64) __builtin_prefetch(block + AHEAD + i);
         widen_numbers(bits, group, has_min, block, &numbers);
-        multiply(bits, group, has_min, 1, block, &numbers, with, total);
-        if (x->planes == 1 || !x->flags[b * ROW_BLOCK]) continue;
-        with[0] = record_of(x, b, 1, 0);
-        multiply(bits, group, has_min, 1, block, &numbers, with, total);
+        multiply(bits, group, has_min, 1, block, &numbers, record_of(x, b, 0, 0), total);
+        if (x->planes > 1 && x->flags[b * ROW_BLOCK])
+            multiply(bits, group, has_min, 1, block, &numbers, record_of(x, b, 1, 0), total);
     }
     UNROLL for (int v = 0; v < VECS; v++) store_floats(to + v * LANES, total[0][v]);
 }
@@ -281,12 +280,40 @@ typedef void panel_function(const uint8_t *, const struct activations *, long, l
         if (x->rows == 1) multiply_row(bits, group, has_min, panel, x, to);                                           \
         else multiply_rows(bits, group, has_min, of, panel, x, row_block, count, to);                                 \
     }
+/* A library may have the products of some formats only: bit i of FORMATS stands for formats[i]. */
+#ifndef FORMATS
+#define FORMATS 63
+#endif
+#if FORMATS >> 0 & 1
 MULTIPLIES(q4, 4, 32, 0)
+#else
+#define q4 NULL
+#endif
+#if FORMATS >> 1 & 1
 MULTIPLIES(q4_min, 4, 32, 1)
+#else
+#define q4_min NULL
+#endif
+#if FORMATS >> 2 & 1
 MULTIPLIES(q6, 6, 32, 0)
+#else
+#define q6 NULL
+#endif
+#if FORMATS >> 3 & 1
 MULTIPLIES(q6_min, 6, 32, 1)
+#else
+#define q6_min NULL
+#endif
+#if FORMATS >> 4 & 1
 MULTIPLIES(q6_16, 6, 16, 0)
+#else
+#define q6_16 NULL
+#endif
+#if FORMATS >> 5 & 1
 MULTIPLIES(q8, 8, 32, 0)
+#else
+#define q8 NULL
+#endif
 
 static panel_function *const multiplies[] = {q4, q4_min, q6, q6_min, q6_16, q8};
 
@@ -328,7 +355,7 @@ static void multiply_panel(const struct product *p, const struct activations *x,
 /* A row of x becomes x + residual, in x's type, and then normalised integers. */
 static void normalise(const struct product *p, const struct activations *x, long row) {
     const long blocks = x->blocks, at = row * p->columns;
-    float values[COLUMNS], other[COLUMNS], squares[COLUMNS] = {0}, total = 0;
+    float values[COLUMNS], other[COLUMNS], squares[COLUMNS] = {0}, weighted[COLUMNS] = {0}, total = 0, energy = 0;
     for (long b = 0; b < blocks; b++) {
         load_values(p->x, p->type, at + b * COLUMNS, COLUMNS, values);
         if (p->residual) {
@@ -337,16 +364,31 @@ static void normalise(const struct product *p, const struct activations *x, long
             store_values(p->stream, p->type, at + b * COLUMNS, COLUMNS, values);
             load_values(p->stream, p->type, at + b * COLUMNS, COLUMNS, values);
         }
-        for (int i = 0; i < COLUMNS; i++) squares[i] += values[i] * values[i];
+        load_values(p->norm, p->type, b * COLUMNS, COLUMNS, other);
+        for (int i = 0; i < COLUMNS; i++) {
+            squares[i] += values[i] * values[i];
+            weighted[i] += values[i] * other[i] * (values[i] * other[i]);
+        }
     }
-    for (int i = 0; i < COLUMNS; i++) total += squares[i];
+    for (int i = 0; i < COLUMNS; i++) total += squares[i], energy += weighted[i];
     const float scale = 1 / sqrtf(total / (float)p->columns + p->eps);
+    const float limit = OUTLIER * OUTLIER * scale * scale * (energy / (float)p->columns);
     for (long b = 0; b < blocks; b++) {
         load_values(p->residual ? p->stream : p->x, p->type, at + b * COLUMNS, COLUMNS, values);
         load_values(p->norm, p->type, b * COLUMNS, COLUMNS, other);
         for (int i = 0; i < COLUMNS; i++) values[i] = values[i] * scale * other[i];
-        quantize(values, x, row, b, formats[p->format].zero);
+        quantize(values, x, row, b, formats[p->format].zero, limit);
     }
+}
+
+static float mean_square(const struct product *p, long row) {
+    float values[COLUMNS], squares[COLUMNS] = {0}, total = 0;
+    for (long i = 0; i < p->columns; i += COLUMNS) {
+        load_values(p->x, p->type, row * p->columns + i, COLUMNS, values);
+        for (int j = 0; j < COLUMNS; j++) squares[j] += values[j] * values[j];
+    }
+    for (int i = 0; i < COLUMNS; i++) total += squares[i];
+    return total / (float)p->columns;
 }
 
 EXPORT int octavo_quant_linear(Team *team, const void *arguments) {
@@ -364,11 +406,14 @@ EXPORT int octavo_quant_linear(Team *team, const void *arguments) {
 #pragma omp for schedule(static)
         for (long row = 0; row < p->rows; row++) normalise(p, &x, row);
     } else {
+        float limit = 0;
+        long row = -1; /* that the limit is for */
 #pragma omp for schedule(static)
         for (long i = 0; i < p->rows * blocks; i++) {
             float values[COLUMNS];
+            if (row != i / blocks) row = i / blocks, limit = OUTLIER * OUTLIER * mean_square(p, row);
             load_values(p->x, p->type, i * COLUMNS, COLUMNS, values);
-            quantize(values, &x, i / blocks, i % blocks, formats[p->format].zero);
+            quantize(values, &x, row, i % blocks, formats[p->format].zero, limit);
         }
     }
 #pragma omp for schedule(static) collapse(2) nowait

@@ -22,7 +22,7 @@ from octavo.kernels.cpu import build, native
 
 logger = logging.getLogger("octavo")
 
-SOURCES = ("quant_linear.c",)
+SOURCES = build.QUANT
 COLUMNS = 32
 """Columns of a block: activations are quantized by as many, and a matrix has a multiple of them."""
 PANEL = 16
@@ -46,6 +46,9 @@ class Format(Enum):
 
     def __init__(self, number: int, bits: int, group: int, zero: int, has_min: bool) -> None:
         self.number, self.bits, self.group, self.zero, self.has_min = number, bits, group, zero, has_min
+
+
+Bytes = NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
@@ -88,30 +91,61 @@ def pack(format: Format, codes: Tensor, scales: Tensor, minima: Tensor | None) -
     """
     outs, columns = codes.shape
     assert columns % COLUMNS == 0
-    assert (minima is not None) == format.has_min
-    whole = _whole_panels(codes)
-    panels, blocks = len(whole) // PANEL, columns // COLUMNS
-    words = whole.view(np.int32).reshape(panels, PANEL, blocks, 2, 4)
-    quads = np.ascontiguousarray(words.transpose(0, 2, 3, 4, 1)).view(np.uint8)  # panel, block, half, quad, 64
-    parts: list[NDArray[Any]] = [quads] if format.bits == 8 else [quads[:, :, 0] & 15 | quads[:, :, 1] << 4]
+    blocks = codes.numpy().reshape(outs, -1, COLUMNS)
+    if format.bits == 4:
+        return pack_nibbles(format, blocks[..., :16] | blocks[..., 16:] << 4, scales.numpy(), _numpy(minima))
+    low = blocks if format.bits == 8 else blocks[..., :16] & 15 | blocks[..., 16:] << 4
+    data = _panels(format, low, scales.numpy(), _numpy(minima))
     if format.bits == 6:
-        high = quads >> 4
-        parts.append(high[..., 0, :] | high[..., 1, :] << 2 | high[..., 2, :] << 4 | high[..., 3, :] << 6)
-    for values in [scales] if minima is None else [scales, minima]:
-        with np.errstate(over="ignore"):
-            halves = _whole_panels(values).astype(np.float16).reshape(panels, PANEL, blocks, -1)
-        parts.append(np.ascontiguousarray(halves.transpose(0, 2, 3, 1)).view(np.uint8))
-    data = np.concatenate([part.reshape(panels, blocks, -1) for part in parts], 2)
-    return Packed(format, outs, columns, torch.from_numpy(data))
+        words = _whole_panels(blocks).reshape(*data.shape[:1], PANEL, -1, 2, 4, 4) >> 4
+        words = words.transpose(4, 0, 2, 3, 1, 5)  # quad, panel, block, half, row, column
+        data["high"] = (words[0] | words[1] << 2 | words[2] << 4 | words[3] << 6).reshape(data["high"].shape)
+    return _packed(format, outs, columns, data)
 
 
-def _whole_panels(rows: Tensor) -> NDArray[Any]:
-    return np.pad(rows.numpy(), ((0, -rows.shape[0] % PANEL), (0, 0)))
+def pack_nibbles(format: Format, nibbles: Bytes, scales: NDArray[Any], minima: NDArray[Any] | None) -> Packed:
+    """`pack` for codes of 4 bits that lie in pairs: nibbles [out, blocks, 16], columns 16.. of a block the high ones."""
+    outs, blocks, _ = nibbles.shape
+    return _packed(format, outs, blocks * COLUMNS, _panels(format, nibbles, scales, minima))
+
+
+def _panels(format: Format, low: Bytes, scales: NDArray[Any], minima: NDArray[Any] | None) -> NDArray[np.void]:
+    """Panels' blocks [panels, blocks] as the kernel's comment lays them out; those of 6 bits lack the high bits yet."""
+    assert (minima is not None) == format.has_min
+    words = _whole_panels(np.ascontiguousarray(low)).view(np.int32)  # panels * PANEL, blocks, quads
+    words = words.reshape(-1, PANEL, *words.shape[1:])
+    groups = COLUMNS // format.group
+    fields: list[Any] = [("low", np.int32, (words.shape[3], PANEL))]
+    fields += [("high", np.uint8, (2, 4 * PANEL))] if format.bits == 6 else []
+    fields += [("scales", np.float16, (groups, PANEL))]
+    fields += [("minima", np.float16, (PANEL,))] if format.has_min else []
+    data = np.empty((words.shape[0], words.shape[2]), fields)
+    data["low"] = words.transpose(0, 2, 3, 1)
+    with np.errstate(over="ignore"):
+        data["scales"] = _whole_panels(scales).reshape(-1, PANEL, words.shape[2], groups).transpose(0, 2, 3, 1)
+        if minima is not None:
+            data["minima"] = _whole_panels(minima).reshape(-1, PANEL, words.shape[2]).transpose(0, 2, 1)
+    return data
+
+
+def _packed(format: Format, outs: int, columns: int, data: NDArray[np.void]) -> Packed:
+    return Packed(format, outs, columns, torch.from_numpy(data.view(np.uint8).reshape(*data.shape, -1)))
+
+
+def _numpy(tensor: Tensor | None) -> NDArray[Any] | None:
+    return None if tensor is None else tensor.numpy()
+
+
+def _whole_panels(rows: NDArray[Any]) -> NDArray[Any]:
+    missing = -rows.shape[0] % PANEL
+    return np.pad(rows, ((0, missing), *[(0, 0)] * (rows.ndim - 1))) if missing else rows
 
 
 def stack(matrices: Sequence[Packed]) -> Packed:
     """The rows of matrices of one format one after another; all but the last have whole panels."""
     first = matrices[0]
+    if len(matrices) == 1:
+        return first
     assert all(m.format is first.format and m.columns == first.columns for m in matrices)
     assert not any(m.outs % PANEL for m in matrices[:-1])
     return Packed(first.format, sum(m.outs for m in matrices), first.columns, torch.cat([m.data for m in matrices]))
@@ -173,7 +207,7 @@ def _linear(
         0.0 if norm is None else norm[1],
         gated,
     )
-    native.run(_kernels().linear, product, rows * columns * weight.outs)
+    native.run(_kernels(weight.format).linear, product, rows * columns * weight.outs)
 
 
 def rows(weight: Packed, index: Tensor, dtype: torch.dtype) -> Tensor:
@@ -189,20 +223,23 @@ def rows(weight: Packed, index: Tensor, dtype: torch.dtype) -> Tensor:
         index.shape[0],
         DTYPES.index(dtype),
     )
-    native.run(_kernels().rows, gather, 8 * out.numel())
+    native.run(_kernels(weight.format).rows, gather, 8 * out.numel())
     return out
 
 
 def fine(format: Format) -> bool:
     """Whether products with codes of this format take all activations as 15-bit integers, for lack of faster ones."""
-    return format.bits == 8 and _kernels().wide
+    return format.bits == 8 and _kernels(format).wide
 
 
 @functools.cache
 def available() -> str | None:
-    """None if the kernels can run here, otherwise the reason why not, which is also logged once."""
+    """None if the kernels can run here, otherwise the reason why not, which is also logged once.
+
+    One format stands for all: their libraries are made of the same sources.
+    """
     try:
-        _kernels()
+        _kernels(Format.Q8)
     except build.BuildError as error:
         logger.warning("kernels for quantized weights are off, weights are expanded to floats: %s", error)
         return str(error)
@@ -210,5 +247,14 @@ def available() -> str | None:
 
 
 @functools.cache
-def _kernels() -> Kernels:
-    return Kernels(build.library(SOURCES))
+def _kernels(format: Format) -> Kernels:
+    return Kernels(build.library(SOURCES, _flags(format)))
+
+
+def compile_soon(format: Format) -> None:
+    """Starts compiling the format's kernels, which its first product waits for."""
+    build.compile_soon((SOURCES, _flags(format)))
+
+
+def _flags(format: Format) -> tuple[str, ...]:
+    return build.for_formats(1 << format.number)

@@ -42,7 +42,7 @@ INLINE float half_to_float(uint16_t half) {
 }
 
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VNNI__)
-#include <immintrin.h>
+#include "x86.h"
 
 #define VECS 1
 #define WIDE_X 0
@@ -76,7 +76,7 @@ INLINE floats load_floats(const float *p) { return _mm512_loadu_ps(p); }
 INLINE void store_floats(float *p, floats a) { _mm512_storeu_ps(p, a); }
 
 #elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
-#include <immintrin.h>
+#include "x86.h"
 
 #define VECS 2
 #define SIGNED_BYTES 0

@@ -23,7 +23,7 @@ _CLOSES = {"[": "]", "{": "}", "(": ")"}
 # by the string's quote: a run of plain characters and whole escapes; then the quote or the beginning of an escape
 _ESCAPE = r"\\(?:x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|U00(?:0[0-9a-fA-F]|10)[0-9a-fA-F]{4}|[^xuU\x00-\x1f]|\n)"
 _PART = r"\\(?:x[0-9a-fA-F]?|u[0-9a-fA-F]{0,3}|U0{0,3}|U000[0-9a-fA-F]{1,4}|U001|U0010[0-9a-fA-F]{0,3})?\Z"
-_BODY = {quote: re.compile(rf"([^{quote}\\]*+(?:{_ESCAPE}[^{quote}\\]*+)*+)({quote}|{_PART})?") for quote in "'\""}
+_BODY = {quote: re.compile(rf"[^{quote}\\]*+(?:{_ESCAPE}[^{quote}\\]*+)*+({quote}|{_PART})?") for quote in "'\""}
 _SIMPLE = {
     "'": "'",
     '"': '"',
@@ -184,14 +184,14 @@ def _string(source: Source, quote: str) -> Steps[None]:
     while True:
         match = body.match(source.text, source.at)
         assert match is not None
-        end = match.end(1)
+        end = match.start(1) if match.lastindex else match.end()
         if end > source.at:
             source.pass_on(end, _inside)
-        if match[2] == quote:
+        if match[1] == quote:
             source.take(end + 1)
             source.arguments('"')
             return
-        if match[2] is None and end < len(source.text):
+        if match[1] is None and end < len(source.text):
             raise Malformed
         if source.ended:
             source.pass_on(len(source.text), escaped)
@@ -210,8 +210,8 @@ def _inside(text: str) -> str:
         chars = iter(text)
         return "".join([_ESCAPES[next(chars)] if char == "\\" else _RAW.get(char, char) for char in chars])
     text = text.replace("\\\\", _BACKSLASH)
-    for letter in _SIMPLE.keys() & set(text):
-        text = text.replace("\\" + letter, _SIMPLE[letter])
+    for letter, meant in _SIMPLE.items():
+        text = text.replace("\\" + letter, meant)
     # the backslashes that are left begin escapes of code points, as in JSON, or stand for themselves
     text = escaped(text).replace(r"\\u", r"\u").replace(r"\\x", r"\u00")
     if r"\\U" in text:
