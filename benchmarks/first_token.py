@@ -22,6 +22,7 @@ from http.client import HTTPConnection
 
 HOST = "127.0.0.1"
 POLL = 0.01
+LINE = "port {:.2f} s, first token {:.2f} s, answer {:.2f} s; second request {:.2f} s"
 LIMIT = 60.0
 """Seconds that a server may take to accept connections."""
 BODY = {
@@ -95,8 +96,8 @@ def main() -> None:
     for _ in range(given.runs):
         with tempfile.TemporaryDirectory() as folder:
             found.append(_run(given.arguments, {"OCTAVO_CACHE": folder} if given.cold else {}))
-        print("port %.2f s, first token %.2f s, answer %.2f s; second request %.2f s" % found[-1], flush=True)
-    print("medians: port %.2f s, first token %.2f s, answer %.2f s; second request %.2f s" % tuple(map(statistics.median, zip(*found, strict=True))))
+        print(LINE.format(*found[-1]), flush=True)
+    print("medians:", LINE.format(*map(statistics.median, zip(*found, strict=True))))
 
 
 if __name__ == "__main__":

@@ -166,7 +166,7 @@ def finalists(name: str) -> tuple[Iterable[tuple[str, str]], Iterable[tuple[str,
         quarter = seconds(name, repeated(*text, SIZE // 4), SIZE)
         cut = seconds(name, repeated(*text, SIZE // CUT_PART), PIECE)
         less = seconds(name, repeated(*text, SIZE // CUT_PART // 4), PIECE)
-        values = (whole, whole / max(quarter, LEAST), cut, cut / max(less, LEAST))
+        values = (whole, whole / max(quarter, LEAST), cut - less, cut / max(less, LEAST))
         for look, value in zip(looks, values, strict=True):
             look.append((value, text))
     slowest, growing, slowest_cut, growing_cut = ([text for _, text in sorted(look, reverse=True)] for look in looks)

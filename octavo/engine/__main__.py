@@ -6,6 +6,7 @@ frontend is gone, and the engine leaves, removing the frontend's socket files.
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import signal
@@ -14,6 +15,7 @@ import sys
 import threading
 import time
 import traceback
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import msgspec
@@ -24,11 +26,25 @@ from octavo.core.request import Ready
 from octavo.engine.engine import Engine
 from octavo.engine.executor import executor_for
 from octavo.engine.loop import Wire, last_words, run
+from octavo.kernels.compile import FLOAT, NATIVE, PROBE, compile_soon
 
 
 def _read_config() -> EngineConfig:
     (length,) = struct.unpack("<I", sys.stdin.buffer.read(4))
-    return msgspec.msgpack.decode(sys.stdin.buffer.read(length), type=EngineConfig)
+    config = msgspec.msgpack.decode(sys.stdin.buffer.read(length), type=EngineConfig)
+    if config.device.kind == "cpu":
+        compile_soon((FLOAT, NATIVE), *([] if config.quantization == "none" else [PROBE]))
+    return config
+
+
+def _prepare() -> EngineConfig:
+    """The configuration, read and acted upon while torch is imported, without looking for garbage in what stays."""
+    gc.disable()
+    with ThreadPoolExecutor(1) as reader:
+        config = reader.submit(_read_config)
+        import octavo.worker  # noqa: F401
+    gc.enable()
+    return config.result()
 
 
 def _leave_with_parent(inbox: str) -> None:
@@ -47,9 +63,7 @@ def main(inbox: str, outbox: str) -> int:
     """Returns the exit code: 0 after Shutdown, 1 after a failure, which the frontend has been told."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the frontend decides
     sys.setswitchinterval(0.0005)  # the loop goes on while a thread prepares grammars
-    import octavo.worker  # noqa: F401  (imports torch while the frontend still reads the model's header)
-
-    config = _read_config()
+    config = _prepare()
     wire = Wire(inbox, outbox)
     _leave_with_parent(inbox)
     started = time.monotonic()
@@ -63,7 +77,7 @@ def main(inbox: str, outbox: str) -> int:
         engine = Engine(config, executor=executor_for(config, die))
         engine.load(wire.progress)
         wire.send(Ready(msgspec.msgpack.encode(config), config.cache.kv_tokens, time.monotonic() - started))
-        engine.prepare_vocabulary()
+        gc.freeze()
         run(engine, wire)
     except Exception as error:
         if not isinstance(error, OctavoError):

@@ -24,6 +24,9 @@ from octavo.core.request import (
 )
 from octavo.engine.engine import Engine
 
+IDLE_SECONDS = 1.0
+"""After so long without a request there is time to prepare for grammars, which takes a core for half a second."""
+
 
 class Wire:
     """Messages of the frontend in, messages of the engine out. Both endpoints are bound by the frontend."""
@@ -49,6 +52,10 @@ class Wire:
             messages.append(self._decoder.decode(self._inbox.recv()))
         return messages
 
+    def quiet(self, seconds: float) -> bool:
+        """Whether no message arrives for so long."""
+        return not self._inbox.poll(int(seconds * 1000))
+
     def send(self, message: FromEngine) -> None:
         self._outbox.send(self._encoder.encode(message))
 
@@ -69,9 +76,15 @@ class Wire:
 
 
 def run(engine: Engine, wire: Wire) -> None:
-    """Serves until Shutdown arrives. Raises EngineDead when the engine cannot go on."""
-    busy = False
+    """Serves until Shutdown arrives. Raises EngineDead when the engine cannot go on.
+
+    Grammars' vocabulary is prepared as soon as nobody waits for tokens.
+    """
+    busy = prepared = False
     while True:
+        if not (busy or prepared) and wire.quiet(IDLE_SECONDS):
+            engine.prepare_vocabulary()
+            prepared = True
         for message in wire.drain(block=not busy):
             match message:
                 case Shutdown():

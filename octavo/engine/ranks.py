@@ -108,6 +108,7 @@ class Peers(ABC):
             self._await_end()
         self._kill()
         self._release()
+        self.store = None  # whose port ends with it
 
 
 def _give_up() -> None:

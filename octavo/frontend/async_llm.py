@@ -33,6 +33,7 @@ from octavo.frontend.inputs import InputProcessor, Prompt
 from octavo.frontend.outputs import RequestOutput
 from octavo.frontend.process import OutputProcessor, RequestState
 from octavo.frontend.startup import logger, open_tokenizer, resolve_config
+from octavo.structured import Vocabulary
 from octavo.text import ChatTemplate, Tokenizer, model_template
 
 INLINE_CHARS = 4096
@@ -92,10 +93,10 @@ class AsyncLLM:
         try:
             config = await asyncio.to_thread(resolve_config, args)
             await client.configure(config)
-            loading = asyncio.create_task(asyncio.to_thread(open_tokenizer, args, config.model))
+            loading = asyncio.create_task(asyncio.to_thread(_open_vocabulary, args, config))
             starting = asyncio.create_task(_until_ready(client, progress))
             tasks = [loading, starting]
-            tokenizer, ready = await asyncio.gather(loading, starting)
+            (tokenizer, vocabulary), ready = await asyncio.gather(loading, starting)
         except BaseException:
             for task in tasks:
                 task.cancel()
@@ -105,8 +106,7 @@ class AsyncLLM:
         if ready.config:
             config = msgspec.msgpack.decode(ready.config, type=EngineConfig)
         llm = cls(client, config, tokenizer)
-        if llm.inputs.vocabulary is not None:
-            llm.inputs.vocabulary.prepare_soon()
+        llm.inputs.vocabulary = vocabulary
         return llm
 
     @property
@@ -266,6 +266,15 @@ class AsyncLLM:
         for future in self._calls.values():
             if not future.done():
                 future.set_exception(EngineDead(str(self._death)))
+
+
+def _open_vocabulary(args: EngineArgs, config: EngineConfig) -> tuple[Tokenizer | None, Vocabulary | None]:
+    """The tokenizer, also prepared for grammars from now on, while the engine still loads."""
+    tokenizer = open_tokenizer(args, config.model)
+    vocabulary = InputProcessor(config, tokenizer).vocabulary
+    if vocabulary is not None:
+        vocabulary.prepare_soon()
+    return tokenizer, vocabulary
 
 
 async def _until_ready(client: EngineClient, progress: Callable[[str, int, int], None] | None) -> Ready:

@@ -69,7 +69,7 @@ def compiled(sources: Sequence[str], flags: Sequence[str] = NATIVE) -> Path:
 
     Compiles at the first call ever. Safe to call from several threads and processes. Raises BuildError.
     """
-    key = _key(tuple(sources), tuple(flags))
+    key = identity(tuple(sources), tuple(flags))
     path = cache_dir() / f"{Path(sources[0]).stem}-{key}.so"
     if not path.exists():
         with _alone(path.with_suffix(".lock")):
@@ -92,6 +92,10 @@ def compile_soon(*libraries: tuple[Sequence[str], Sequence[str]]) -> None:
 def for_formats(mask: int) -> tuple[str, ...]:
     """Flags for a library of QUANT with the products of some formats, bits by their numbers in quant_linear.c."""
     return (*NATIVE, f"-DFORMATS={mask}")
+
+
+PROBE = (QUANT, for_formats(1 << 5))
+"""The 8-bit format's library, of which `cpu.quant_linear` learns whether those of all formats compile."""
 
 
 @contextlib.contextmanager
@@ -161,7 +165,7 @@ def _compilers() -> Iterator[list[str]]:
 
 
 @functools.cache
-def _key(sources: tuple[str, ...], flags: tuple[str, ...]) -> str:
+def identity(sources: tuple[str, ...], flags: tuple[str, ...]) -> str:
     """Names a library by all that it is made from and for."""
     digest = hashlib.sha256()
     for part in (*BASE, repr(LESS), *flags, sys.platform, platform.machine(), _processor()):

@@ -65,8 +65,8 @@ def _pack(type_name: str, columns: int, rows: Tensor) -> Packed:
     if (at := NIBBLES.get(type_name)) is not None:
         outs = rows.shape[0]
         numbers = np.ascontiguousarray(blocks[:, :at]).view(np.float16).reshape(outs, -1, at // 2)
-        minima = numbers[..., 1] if format.has_min else None
-        return quant_linear.pack_nibbles(format, blocks[:, at:].reshape(outs, -1, 16), numbers[..., 0], minima)
+        lowest = numbers[..., 1] if format.has_min else None
+        return quant_linear.pack_nibbles(format, blocks[:, at:].reshape(outs, -1, 16), numbers[..., 0], lowest)
     with np.errstate(invalid="ignore", over="ignore"):
         parts = unpack(blocks, type_name)
     codes = torch.from_numpy(parts.codes).view(-1, columns)

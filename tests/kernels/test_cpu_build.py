@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from octavo.kernels import load, reference
+from octavo.kernels import compile, load, reference
 from octavo.kernels.cpu import build
 
 SOURCE = '__attribute__((visibility("default"))) int answer(void) { return %d; }\n'
@@ -18,18 +18,18 @@ SOURCE = '__attribute__((visibility("default"))) int answer(void) { return %d; }
 @pytest.fixture
 def sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A folder of sources and an empty cache."""
-    monkeypatch.setattr(build, "HERE", tmp_path)
+    monkeypatch.setattr(compile, "HERE", tmp_path)
     monkeypatch.setenv("OCTAVO_CACHE", str(tmp_path / "cache"))
-    build._key.cache_clear()
+    compile.identity.cache_clear()
     yield tmp_path
-    build._key.cache_clear()
+    compile.identity.cache_clear()
 
 
 def compiled(folder: Path) -> list[str]:
     return sorted(path.name for path in (folder / "cache" / "kernels").iterdir())
 
 
-needs_compiler = pytest.mark.skipif(next(build._compilers(), None) is None, reason="needs a C compiler")
+needs_compiler = pytest.mark.skipif(next(compile._compilers(), None) is None, reason="needs a C compiler")
 
 
 @needs_compiler
@@ -39,7 +39,7 @@ def test_compiles_once_and_serves_without_a_compiler(sources: Path, monkeypatch:
     assert library.answer() == 42
     assert build.library(("a.c",)) is library
     assert len(compiled(sources)) == 1
-    monkeypatch.setattr(build, "_compilers", lambda: iter(()))
+    monkeypatch.setattr(compile, "_compilers", lambda: iter(()))
     monkeypatch.setattr(build, "_loaded", {})
     assert build.library(("a.c",)).answer() == 42
 
@@ -50,7 +50,7 @@ def test_changed_sources_headers_and_flags_make_another_library(sources: Path) -
     assert build.library(("a.c",)).answer() == 1
     (sources / "a.c").write_text(SOURCE % 2)
     (sources / "b.h").write_text("")
-    build._key.cache_clear()
+    compile.identity.cache_clear()
     assert build.library(("a.c",)).answer() == 2
     assert build.library(("a.c",), ("-O1",)).answer() == 2
     assert len(compiled(sources)) == 3
@@ -67,21 +67,6 @@ def test_threads_share_one_library(sources: Path) -> None:
         thread.join()
     assert len(found) == 4
     assert len(set(map(id, found))) == 1
-
-
-@needs_compiler
-def test_those_that_start_together_compile_once(sources: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As ranks do: each finds no library, and the lock is between open files, so threads stand for processes."""
-    (sources / "a.c").write_text(SOURCE % 9)
-    calls: list[Path] = []
-    compile_ = build._compile
-    monkeypatch.setattr(build, "_compile", lambda path, *rest: calls.append(path) or compile_(path, *rest))
-    threads = [threading.Thread(target=build._load, args=("key", ("a.c",), build.NATIVE)) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(calls) == 1
 
 
 @needs_compiler

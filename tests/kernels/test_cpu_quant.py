@@ -29,7 +29,7 @@ def target(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
     if request.param == "haswell" and not HASWELL:
         pytest.skip("this processor has no AVX2")
     kernels = quant_linear.Kernels(build.library(quant_linear.SOURCES, TARGETS[request.param]))
-    monkeypatch.setattr(quant_linear, "_kernels", lambda: kernels)
+    monkeypatch.setattr(quant_linear, "_kernels", lambda format: kernels)
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield request.param

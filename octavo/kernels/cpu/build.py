@@ -13,16 +13,15 @@ from collections.abc import Sequence
 
 import torch  # noqa: F401  before any library here, so that both use one OpenMP runtime
 
-from octavo.kernels.compile import FLOAT, NATIVE, QUANT, BuildError, compile_soon, compiled, for_formats
+from octavo.kernels.compile import FLOAT, NATIVE, QUANT, BuildError, compile_soon, compiled, for_formats, identity
 
 __all__ = ["FLOAT", "NATIVE", "QUANT", "BuildError", "available", "compile_soon", "for_formats", "library"]
 
 logger = logging.getLogger("octavo")
 
-Key = tuple[tuple[str, ...], tuple[str, ...]]
 _lock = threading.RLock()
-_loaded: dict[Key, ctypes.CDLL] = {}
-_failed: dict[Key, BuildError] = {}
+_loaded: dict[str, ctypes.CDLL] = {}
+_failed: dict[str, BuildError] = {}
 
 
 def library(sources: Sequence[str], flags: Sequence[str] = NATIVE) -> ctypes.CDLL:
@@ -31,13 +30,13 @@ def library(sources: Sequence[str], flags: Sequence[str] = NATIVE) -> ctypes.CDL
     Compiles at the first call ever, loads at the first call of the process. Safe to call from several threads and
     processes. Raises BuildError, always the same one for the same arguments.
     """
-    key = tuple(sources), tuple(flags)
+    key = identity(tuple(sources), tuple(flags))
     with _lock:
         if key in _failed:
             raise _failed[key]
         if key not in _loaded:
             try:
-                _loaded[key] = _load(*key)
+                _loaded[key] = _load(sources, flags)
             except BuildError as error:
                 _failed[key] = error
                 raise

@@ -91,10 +91,10 @@ def pack(format: Format, codes: Tensor, scales: Tensor, minima: Tensor | None) -
     """
     outs, columns = codes.shape
     assert columns % COLUMNS == 0
-    blocks = codes.numpy().reshape(outs, -1, COLUMNS)
+    blocks: Bytes = codes.numpy().reshape(outs, -1, COLUMNS)
     if format.bits == 4:
         return pack_nibbles(format, blocks[..., :16] | blocks[..., 16:] << 4, scales.numpy(), _numpy(minima))
-    low = blocks if format.bits == 8 else blocks[..., :16] & 15 | blocks[..., 16:] << 4
+    low: Bytes = blocks if format.bits == 8 else blocks[..., :16] & 15 | blocks[..., 16:] << 4
     data = _panels(format, low, scales.numpy(), _numpy(minima))
     if format.bits == 6:
         words = _whole_panels(blocks).reshape(*data.shape[:1], PANEL, -1, 2, 4, 4) >> 4
@@ -104,7 +104,7 @@ def pack(format: Format, codes: Tensor, scales: Tensor, minima: Tensor | None) -
 
 
 def pack_nibbles(format: Format, nibbles: Bytes, scales: NDArray[Any], minima: NDArray[Any] | None) -> Packed:
-    """`pack` for codes of 4 bits that lie in pairs: nibbles [out, blocks, 16], columns 16.. of a block the high ones."""
+    """`pack` for codes in pairs: nibbles [out, blocks, 16], the high ones those of columns 16.. of a block."""
     outs, blocks, _ = nibbles.shape
     return _packed(format, outs, blocks * COLUMNS, _panels(format, nibbles, scales, minima))
 

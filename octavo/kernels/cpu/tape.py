@@ -18,7 +18,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from octavo.kernels.cpu import native
 
-EMPTY = frozenset({torch.ops.aten.empty, torch.ops.aten.empty_like, torch.ops.aten.new_empty})
+aten = torch.ops.aten
+EMPTY = frozenset({aten.empty, aten.empty_like, aten.new_empty})
+CONTIGUOUS = (None, torch.preserve_format, torch.contiguous_format)
+"""What keeps the memory of a contiguous tensor's like contiguous."""
 
 
 class Unrecordable(RuntimeError):
@@ -88,10 +91,12 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func.overloadpacket in EMPTY:
-            meta = func(*args, **kwargs | {"device": "meta"})
-            if meta.is_contiguous():
-                return self._pool.empty(meta.shape, meta.dtype)
+        if func.overloadpacket in EMPTY and kwargs.get("memory_format") in CONTIGUOUS:
+            # Worked out here: a tensor of the meta device would import two seconds of torch.
+            *like, size = args if func.overloadpacket is not aten.empty_like else (*args, args[0].shape)
+            if not like or like[0].is_contiguous():
+                dtype = kwargs.get("dtype") or (like[0].dtype if like else torch.get_default_dtype())
+                return self._pool.empty(size, dtype)
         elif func.is_view:
             result = func(*args, **kwargs)
             place = args[0].untyped_storage().data_ptr()

@@ -10,7 +10,7 @@ import pytest
 from octavo.text.parsing import Content, merged
 from tools.parser_speed import OPENINGS, parser, repeated, texts
 
-SIZE = 6_000
+SIZE = 4_000
 
 
 def steps(name: str, text: str, piece: int) -> int:
