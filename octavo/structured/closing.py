@@ -1,4 +1,6 @@
-"""Which objects are closed: hold the properties that their schema names and no others, though JSON Schema allows more.
+"""What may be made of a schema so that a grammar can follow it: objects closed, alternatives told apart.
+
+Closed objects hold the properties that their schema names and no others, though JSON Schema allows more.
 
 A model that may add properties does, until its tokens run out. An object that is closed satisfies the open schema too,
 so nothing invalid comes of it. An object whose properties come from several schemas (allOf, or $ref, anyOf or required
@@ -24,6 +26,45 @@ def close_objects(places: Mapping[str, dict[str, Any] | bool]) -> None:
     for schema in schemas:
         if id(schema) not in shared and _is_closable(schema):
             schema["additionalProperties"] = False
+
+
+def tell_apart(places: Mapping[str, dict[str, Any] | bool]) -> None:
+    """Makes anyOf of a oneOf whose alternatives are objects that each require another text of the same property.
+
+    At most one of them can hold then. The compiler sees that by itself only where none of them is a reference.
+    """
+    for schema in places.values():
+        if isinstance(schema, dict) and "oneOf" in schema and "anyOf" not in schema:
+            alternatives = [_resolved(part, places) for part in schema["oneOf"]]
+            if _exclude_each_other(alternatives, places):
+                schema["anyOf"] = schema.pop("oneOf")
+
+
+def _resolved(schema: Any, places: Mapping[str, dict[str, Any] | bool]) -> Any:
+    """What `schema` refers to, when it does nothing else."""
+    for _ in places:
+        if not isinstance(schema, dict) or schema.keys() != {"$ref"}:
+            break
+        schema = places.get(schema["$ref"])
+    return schema
+
+
+def _exclude_each_other(alternatives: list[Any], places: Mapping[str, dict[str, Any] | bool]) -> bool:
+    if not alternatives or not all(isinstance(part, dict) and part.get("type") == "object" for part in alternatives):
+        return False
+    required = [set(part.get("required", ())) & part.get("properties", {}).keys() for part in alternatives]
+    shared = set.intersection(*required)
+    return any(_differ([_resolved(part["properties"][name], places) for part in alternatives]) for name in shared)
+
+
+def _differ(schemas: list[Any]) -> bool:
+    """Whether each allows texts of a list only, and no two the same."""
+    texts: list[Any] = []
+    for schema in schemas:
+        if not isinstance(schema, dict) or not ("const" in schema or "enum" in schema):
+            return False
+        texts += [schema["const"]] if "const" in schema else schema["enum"]
+    return all(isinstance(text, str) for text in texts) and len(set(texts)) == len(texts)
 
 
 def _sources(schema: Mapping[str, Any]) -> int:

@@ -14,7 +14,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from octavo.core.params import StructuredOutputs
-from octavo.structured.closing import close_objects
+from octavo.structured.closing import close_objects, tell_apart
 from octavo.structured.keywords import checked_schema, refused
 
 if TYPE_CHECKING:
@@ -121,6 +121,7 @@ def json_schema_grammar(schema: Mapping[str, Any] | str) -> str:
     for pattern in patterns:
         _check_size("a pattern of the schema", pattern, MAX_PATTERN_BYTES)
     _check_size("all patterns of the schema together", "".join(patterns), MAX_GRAMMAR_BYTES)
+    tell_apart(places)
     copy["x-guidance"] = {"whitespace_pattern": WHITESPACE}
     as_sent = _text({"json_schema": copy})
     _check_size("the schema", as_sent, MAX_BYTES)

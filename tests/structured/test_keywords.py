@@ -178,3 +178,30 @@ def test_objects_are_closed_where_that_excludes_nothing_else(schema: Any, good: 
         jsonschema.validate(json.loads(text), schema)
     assert [text for text in good if not accepts(grammar, text, VOCABULARY)] == []
     assert [text for text in bad if accepts(grammar, text, VOCABULARY)] == []
+
+
+def _kind(*texts: str, **more: Any) -> dict[str, Any]:
+    kind = {"const": texts[0]} if len(texts) == 1 else {"enum": [*texts]}
+    return {"type": "object", "properties": {"kind": kind}, "required": ["kind"], **more}
+
+
+@pytest.mark.parametrize(
+    ("alternatives", "known"),
+    [
+        ([_kind("cat"), _kind("dog")], True),
+        ([_kind("cat", "lion"), _kind("dog")], True),
+        ([_kind("cat", "dog"), _kind("dog")], False),
+        ([_kind("cat"), _kind("dog", required=[])], False),
+        ([_kind("cat"), {"properties": {"kind": {"const": "dog"}}, "required": ["kind"]}], False),
+    ],
+)
+def test_references_of_a_oneof_are_told_apart_by_a_required_text(alternatives: list[Any], known: bool) -> None:
+    schema = {
+        "oneOf": [{"$ref": f"#/$defs/{i}"} for i in range(len(alternatives))],
+        "$defs": {str(i): part for i, part in enumerate(alternatives)},
+    }
+    if known:
+        assert '"oneOf"' not in json_schema_grammar(schema)
+    else:
+        with pytest.raises(InvalidRequest, match="oneOf"):
+            json_schema_grammar(schema)

@@ -91,10 +91,11 @@ def pack(format: Format, codes: Tensor, scales: Tensor, minima: Tensor | None) -
     """
     outs, columns = codes.shape
     assert columns % COLUMNS == 0
-    blocks: Bytes = codes.numpy().reshape(outs, -1, COLUMNS)
+    blocks = codes.numpy().reshape(outs, -1, COLUMNS)
+    four = np.uint8(4)
     if format.bits == 4:
-        return pack_nibbles(format, blocks[..., :16] | blocks[..., 16:] << 4, scales.numpy(), _numpy(minima))
-    low: Bytes = blocks if format.bits == 8 else blocks[..., :16] & 15 | blocks[..., 16:] << 4
+        return pack_nibbles(format, blocks[..., :16] | blocks[..., 16:] << four, scales.numpy(), _numpy(minima))
+    low = blocks if format.bits == 8 else blocks[..., :16] & np.uint8(15) | blocks[..., 16:] << four
     data = _panels(format, low, scales.numpy(), _numpy(minima))
     if format.bits == 6:
         words = _whole_panels(blocks).reshape(*data.shape[:1], PANEL, -1, 2, 4, 4) >> 4

@@ -18,10 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from octavo.kernels.cpu import native
 
-aten = torch.ops.aten
-EMPTY = frozenset({aten.empty, aten.empty_like, aten.new_empty})
-CONTIGUOUS = (None, torch.preserve_format, torch.contiguous_format)
-"""What keeps the memory of a contiguous tensor's like contiguous."""
+EMPTY = frozenset({torch.ops.aten.empty, torch.ops.aten.empty_like, torch.ops.aten.new_empty})
 
 
 class Unrecordable(RuntimeError):
@@ -89,14 +86,17 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self._pool = pool
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Nothing here is compiled by torch, whose compiler would be imported to say so: 1.7 s at the first token."""
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func.overloadpacket in EMPTY and kwargs.get("memory_format") in CONTIGUOUS:
-            # Worked out here: a tensor of the meta device would import two seconds of torch.
-            *like, size = args if func.overloadpacket is not aten.empty_like else (*args, args[0].shape)
-            if not like or like[0].is_contiguous():
-                dtype = kwargs.get("dtype") or (like[0].dtype if like else torch.get_default_dtype())
-                return self._pool.empty(size, dtype)
+        if func.overloadpacket in EMPTY:
+            meta = func(*args, **kwargs | {"device": "meta"})
+            if meta.is_contiguous():
+                return self._pool.empty(meta.shape, meta.dtype)
         elif func.is_view:
             result = func(*args, **kwargs)
             place = args[0].untyped_storage().data_ptr()
