@@ -26,14 +26,15 @@ from octavo.core.request import Ready
 from octavo.engine.engine import Engine
 from octavo.engine.executor import executor_for
 from octavo.engine.loop import Wire, last_words, run
-from octavo.kernels.compile import FLOAT, NATIVE, PROBE, compile_soon
+from octavo.kernels.compile import FLOAT, LIKELY, NATIVE, compile_soon
 
 
 def _read_config() -> EngineConfig:
     (length,) = struct.unpack("<I", sys.stdin.buffer.read(4))
     config = msgspec.msgpack.decode(sys.stdin.buffer.read(length), type=EngineConfig)
     if config.device.kind == "cpu":
-        compile_soon((FLOAT, NATIVE), *([] if config.quantization == "none" else [PROBE]))
+        quantized = config.quantization != "none" and config.model.files == "gguf"
+        compile_soon((FLOAT, NATIVE), *(LIKELY if quantized else ()))
     return config
 
 

@@ -94,8 +94,9 @@ def for_formats(mask: int) -> tuple[str, ...]:
     return (*NATIVE, f"-DFORMATS={mask}")
 
 
-PROBE = (QUANT, for_formats(1 << 5))
-"""The 8-bit format's library, of which `cpu.quant_linear` learns whether those of all formats compile."""
+LIKELY = tuple((QUANT, for_formats(1 << number)) for number in (5, 1))
+"""Libraries that most GGUF files need: of 8 bits, of which `cpu.quant_linear` learns whether all compile, and of 4 bits
+with minima (Q4_1, Q4_K)."""
 
 
 @contextlib.contextmanager
