@@ -63,7 +63,6 @@ def _leave_with_parent(inbox: str) -> None:
 def main(inbox: str, outbox: str) -> int:
     """Returns the exit code: 0 after Shutdown, 1 after a failure, which the frontend has been told."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the frontend decides
-    sys.setswitchinterval(0.0005)  # the loop goes on while a thread prepares grammars
     config = _prepare()
     wire = Wire(inbox, outbox)
     _leave_with_parent(inbox)

@@ -10,7 +10,6 @@ import asyncio
 import gc
 import signal
 import socket
-import sys
 from collections.abc import Callable, Coroutine, Generator
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -26,8 +25,6 @@ from octavo.server.context import Context
 _KEEP_ALIVE_SECONDS = 75
 _FLUSH_SECONDS = 1.0
 """For clients to read the last words of a stream."""
-_SWITCH_SECONDS = 0.0005
-"""How long a thread that parses or renders may hold the interpreter while the event loop wants to go on."""
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -76,7 +73,6 @@ def serve(
     `start` makes the backend; what it raises comes through. `on_ready` is called with the backend and the URL once
     requests are answered. Returns after a clean end; a signal is one, also while the backend starts.
     """
-    sys.setswitchinterval(_SWITCH_SECONDS)
     with sock, asyncio.Runner(loop_factory=_loop_factory()) as runner:
         runner.run(_serve(sock, start, settings, on_ready, log_level))
 
