@@ -36,8 +36,9 @@ process on 2 cores, four streams had gaps of 104 to 444 ms with libgomp's own co
 ENGINE_COMMAND = (sys.executable, "-m", "octavo.engine")
 GRACE_SECONDS = 5.0
 """How long the engine may take to leave after Shutdown, and again after SIGTERM, before SIGKILL."""
-LAST_WORDS_SECONDS = 0.2
+LAST_WORDS_SECONDS = 0.4
 """How long an exited engine's last message may be on its way."""
+LAST_WORDS_TURNS = 20
 
 _encode = msgspec.msgpack.Encoder().encode
 _decode: Callable[[bytes], FromEngine] = msgspec.msgpack.Decoder(FromEngine).decode
@@ -133,8 +134,9 @@ class EngineClient:
         try:
             if not receiving.done():
                 await asyncio.wait([receiving, self._exit], return_when=asyncio.FIRST_COMPLETED)
-            if not receiving.done():
-                await asyncio.wait([receiving], timeout=LAST_WORDS_SECONDS)
+            for _ in range(LAST_WORDS_TURNS):  # in turns, so that a pause of this process does not use up all of it
+                if not receiving.done():
+                    await asyncio.wait([receiving], timeout=LAST_WORDS_SECONDS / LAST_WORDS_TURNS)
             if receiving.done():
                 return _decode(receiving.result())
         finally:

@@ -172,7 +172,9 @@ def test_a_rank_that_cannot_load_is_heard(folder: Path) -> None:
     assert not ranks_of(os.getpid())
 
 
-async def start(folder: Path) -> AsyncLLM:
+async def start(folder: Path) -> tuple[AsyncLLM, list[int]]:
+    """With the processes that it has started: other tests may keep servers of their own."""
+    before = set(descendants(os.getpid()))
     args = EngineArgs(
         model=str(folder),
         dtype="float64",
@@ -181,7 +183,8 @@ async def start(folder: Path) -> AsyncLLM:
         skip_tokenizer_init=True,
         **OPTIONS,
     )
-    return await AsyncLLM.start(args)
+    llm = await AsyncLLM.start(args)
+    return llm, [pid for pid in descendants(os.getpid()) if pid not in before]
 
 
 async def consume(llm: AsyncLLM, prompt: list[int], tokens: int = 50) -> list[int]:
@@ -193,8 +196,7 @@ async def consume(llm: AsyncLLM, prompt: list[int], tokens: int = 50) -> list[in
 
 
 async def test_clients_hear_of_a_killed_rank_and_ranks_leave_with_a_killed_engine(folder: Path) -> None:
-    llm = await start(folder)
-    pids = descendants(os.getpid())
+    llm, pids = await start(folder)
     (rank,) = ranks_of(os.getpid())
     wanted = await consume(llm, [3, 4], 5)
     clients = [asyncio.create_task(consume(llm, [i, 5, 6])) for i in range(8)]
@@ -207,9 +209,8 @@ async def test_clients_hear_of_a_killed_rank_and_ranks_leave_with_a_killed_engin
             assert f"rank 1 (process {rank}) was killed by SIGKILL, exit code -9" in str(error)
     await llm.shutdown()
     await gone(pids)
-    again = await start(folder)
+    again, pids = await start(folder)
     assert await consume(again, [3, 4], 5) == wanted
-    pids = descendants(os.getpid())
     (engine,) = [p for p in pids if b"octavo.engine" in Path(f"/proc/{p}/cmdline").read_bytes()]
     os.kill(engine, signal.SIGKILL)
     await gone(pids)
@@ -217,8 +218,7 @@ async def test_clients_hear_of_a_killed_rank_and_ranks_leave_with_a_killed_engin
 
 
 async def test_an_idle_engine_hears_of_it_too(folder: Path) -> None:
-    llm = await start(folder)
-    pids = descendants(os.getpid())
+    llm, pids = await start(folder)
     (rank,) = ranks_of(os.getpid())
     os.kill(rank, signal.SIGKILL)
     await gone(pids)
