@@ -93,7 +93,9 @@ def serve(mode: str, inbox: zmq.Socket[bytes], outbox: zmq.Socket[bytes]) -> Non
                             os._exit(7)
                         if request.cache_salt == "died":
                             send(Died("out of memory in step 3"))
+                            inbox.close(0)
                             outbox.close(1000)
+                            outbox.context.term()  # waits until the last words are gone
                             os._exit(1)
                         engine.add(request)
                 case Finish(sequences):
