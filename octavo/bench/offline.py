@@ -70,11 +70,22 @@ def throughput(namespace: argparse.Namespace) -> int:
 
 
 def _warmup(config: EngineConfig) -> Workload:
-    """On a GPU enough to fill a step and go on, so that every library has loaded its kernels; else next to nothing."""
+    """On a GPU so much that every library has loaded its kernels; else next to nothing.
+
+    Steps full of long prompts, then steps that each take up twice as many new sequences as the one before, beside
+    those that go on, up to all that may run.
+    """
     if config.device.kind == "cpu":
         return uniform("warmup", 1, 8, 4)
+    tokens, rows = config.scheduler.max_num_batched_tokens, config.scheduler.max_num_seqs
     longest = config.scheduler.max_model_len - 4
-    return uniform("warmup", config.scheduler.max_num_batched_tokens // longest + 2, longest, 4)
+    full = tokens // longest + 2
+    inputs, outputs, group = [longest] * full, [4] * full, 4
+    while len(inputs) < rows:
+        group = min(2 * group, rows - len(inputs))
+        inputs += [max(1, min(tokens // (2 * group), longest - 12))] * group
+        outputs += [16] * group
+    return Workload("warmup", tuple(inputs), tuple(outputs))
 
 
 def latency(namespace: argparse.Namespace) -> int:

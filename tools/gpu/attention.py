@@ -65,7 +65,7 @@ class Cache:
 
 def decode_candidates(rows: int, kv_heads: int, group: int, dim: int, length: int) -> Iterator[DecodeConfig]:
     yield attention_decode.config(rows, kv_heads, group, dim, length)
-    shapes = [(32, 2, 5), (64, 4, 3), (64, 4, 5)]
+    shapes = [(32, 2, 5), (64, 2, 3), (64, 4, 3), (64, 4, 5), (128, 4, 2)]
     base, most = max(1, 132 * 4 // (rows * kv_heads)), min(64, -(-length // 32))
     splits = sorted({min(most, n) for n in (base, 2 * base, 4 * base)})
     for count, (block_n, warps, stages), fused in product(splits, shapes, (True, False)):

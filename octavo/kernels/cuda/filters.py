@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import triton.language as tl
 
-from octavo.kernels.cuda.gumbel import best_of, noise_bound, usable
+from octavo.kernels.cuda.gumbel import best_of, fetch, noise_bound, usable
 from octavo.kernels.cuda.launch import kernel
 
 PIECE = 128
@@ -38,26 +38,6 @@ def key_of(x: tl.tensor) -> tl.tensor:
 def value_of(key: tl.tensor) -> tl.tensor:
     """The inverse of `key_of`."""
     return (key ^ ((key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
-
-
-@kernel()
-def fetch(
-    line: tl.tensor,
-    values: tl.tensor,
-    ids: tl.tensor,
-    whole: tl.tensor,
-    held: tl.tensor,
-    begin: tl.tensor,
-    BLOCK: tl.constexpr,
-) -> tuple[tl.tensor, tl.tensor]:
-    """Logits and ids of BLOCK of the set's tokens: `whole` ones of the row or `held` collected ones.
-
-    One of the two numbers is 0. Beyond the set logits are -inf.
-    """
-    at = begin + tl.arange(0, BLOCK)
-    value = usable(tl.load(line + at, mask=at < whole, other=float("-inf")))
-    value = tl.where(at < held, tl.load(values + at, mask=at < held, other=float("-inf")), value)
-    return value, tl.where(at < held, tl.load(ids + at, mask=at < held, other=0), at)
 
 
 @kernel()
@@ -192,5 +172,7 @@ def pick(
         z = tl.math.div_rn(value - top, heat)
         bound = z * 1.4426950408889634 + noise_bound(k0, k1, token, FAST)
         bound = tl.where((z >= cut) & (z > below), bound, float("-inf"))
-        score, best, best_id = best_of(bound, value, token, top, heat, k0, k1, score, best, best_id, BLOCK)
+        score, best, best_id = best_of(
+            bound, line, values, ids, whole, held, begin, top, heat, k0, k1, score, best, best_id, BLOCK
+        )
     return best, best_id

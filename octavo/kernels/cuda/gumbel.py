@@ -82,10 +82,34 @@ def noise_bound(k0: tl.tensor, k1: tl.tensor, token: tl.tensor, FAST: tl.constex
 
 
 @kernel()
+def fetch(
+    line: tl.tensor,
+    values: tl.tensor,
+    ids: tl.tensor,
+    whole: tl.tensor,
+    held: tl.tensor,
+    begin: tl.tensor,
+    BLOCK: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor]:
+    """Logits and ids of BLOCK of a set of tokens: `whole` ones of the row at `line` or `held` collected ones.
+
+    One of the two numbers is 0. Beyond the set logits are -inf.
+    """
+    at = begin + tl.arange(0, BLOCK)
+    value = usable(tl.load(line + at, mask=at < whole, other=float("-inf")))
+    value = tl.where(at < held, tl.load(values + at, mask=at < held, other=float("-inf")), value)
+    return value, tl.where(at < held, tl.load(ids + at, mask=at < held, other=0), at)
+
+
+@kernel()
 def best_of(
     bound: tl.tensor,
-    value: tl.tensor,
+    line: tl.tensor,
+    values: tl.tensor,
     ids: tl.tensor,
+    whole: tl.tensor,
+    held: tl.tensor,
+    begin: tl.tensor,
     top: tl.tensor,
     heat: tl.tensor,
     k0: tl.tensor,
@@ -95,21 +119,22 @@ def best_of(
     best_id: tl.tensor,
     SIZE: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    """The highest score so far, with its token's logit and id, after a tile of SIZE tokens.
+    """The highest score so far, with its token's logit and id, after the SIZE tokens from `begin` of a set.
 
-    bound: z / log(2) + `noise_bound`, -inf for what may not be drawn; value, ids: the tile's logits and token ids. z is
-    relative to `top`.
+    bound: their z / log(2) + `noise_bound`, -inf for what may not be drawn; the set is that of `fetch`. z is relative
+    to `top`. A maximum is sought without its place, which is looked up only where it counts: half the work.
     """
     lane = tl.arange(0, SIZE)
-    reach, i = tl.max(bound, 0, return_indices=True, return_indices_tie_break_left=True)
+    reach = tl.max(bound, 0)
     while (reach + 31.0) * 0.6931471805599453 + 1e-4 > score and reach > float("-inf"):
-        token = tl.max(tl.where(lane == i, ids, 0), 0)
-        logit = tl.max(tl.where(lane == i, value, float("-inf")), 0)
+        i = tl.min(tl.where(bound == reach, lane, SIZE), 0)
+        value, token = fetch(line, values, ids, whole, held, begin + i, 1)
+        logit, token = tl.max(value, 0), tl.max(token, 0)
         new = tl.math.div_rn(logit - top, heat) + gumbel(random_bits(k0, k1, token))
         better = (new > score) | ((new == score) & (token < best_id))
         score = tl.where(better, new, score)
         best = tl.where(better, logit, best)
         best_id = tl.where(better, token, best_id)
         bound = tl.where(lane == i, float("-inf"), bound)
-        reach, i = tl.max(bound, 0, return_indices=True, return_indices_tie_break_left=True)
+        reach = tl.max(bound, 0)
     return score, best, best_id

@@ -50,7 +50,9 @@ def rows_class(m: int) -> int:
 TUNED: dict[tuple[int, int, int], Config | None] = {
     (1, 6144, 4096): Config(1, 4, 2048, 8, 2),
     (1, 4096, 14336): Config(1, 1, 512, 2, 4),
-    (16, 6144, 4096): Config(16, 64, 256, 4, 3),
+    (16, 6144, 4096): Config(16, 64, 128, 4, 4),
+    (32, 6144, 4096): Config(32, 64, 128, 4, 4),
+    (32, 4096, 4096): Config(32, 64, 256, 4, 3, 2),
 }
 """(rows class, N, K) of an [N, K] matrix -> its launch, or None for cuBLAS, where measured to beat `_rule`."""
 

@@ -62,15 +62,22 @@ def _draw(
     if ROWS:
         row = tl.load(rows + line).to(tl.int64)
     heat = tl.load(temperature + row)
-    value = usable(tl.load(logits + line * stride + ids, mask=ids < vocab, other=float("-inf")))
-    top, first = tl.max(value, 0, return_indices=True, return_indices_tie_break_left=True)
-    best, best_id = top, chunk * CHUNK + first
-    if heat > 0:
+    line_logits = logits + line * stride
+    value = usable(tl.load(line_logits + ids, mask=ids < vocab, other=float("-inf")))
+    top = tl.max(value, 0)
+    best = top
+    best_id = chunk * CHUNK
+    if heat <= 0:
+        best_id += tl.min(tl.where(value == top, at, CHUNK - 1), 0)
+    else:
         k0, k1 = row_keys(tl.load(seed + row), tl.load(position + line) + offset)
         highest = finite(top)
         bound = (value - highest) * tl.minimum(1.4426950408889634 / heat, 1e30) + noise_bound(k0, k1, ids, FAST)
         none = tl.full((), float("-inf"), tl.float32)
-        _score, best, best_id = best_of(bound, value, ids, highest, heat, k0, k1, none, none, chunk * CHUNK, CHUNK)
+        begin, nothing = chunk * CHUNK, tl.full((), 0, tl.int32)
+        _score, best, best_id = best_of(
+            bound, line_logits, parts, parts, vocab, nothing, begin, highest, heat, k0, k1, none, none, begin, CHUNK
+        )
         if FILTERED:
             k = tl.load(top_k + row)
             if (k > 0) & (k < vocab):
