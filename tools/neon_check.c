@@ -6,6 +6,7 @@
 #ifdef CHECK_FLOATS
 #include "linear_float.c"
 #else
+#include "quant_formats.c"
 #include "quant_linear.c"
 #endif
 
@@ -83,8 +84,8 @@ static int check(Team *team) {
         const struct gather g = {.weight = packed, .index = index, .out = w, .format = f, .columns = IN, .count = OUT};
         bad += octavo_quant_rows(team, &g);
         for (unsigned n = 0; n < sizeof counts / sizeof *counts; n++) {
-            const struct product p = {.x = x, .weight = packed, .out = y, .rows = counts[n], .columns = IN,
-                                      .format = f, .outs = OUT, .stride = OUT};
+            const struct product p = {.x = x, .weight = packed, .out = y, .multiply = multiplies[f],
+                                      .rows = counts[n], .columns = IN, .format = f, .outs = OUT, .stride = OUT};
             bad += octavo_quant_linear(team, &p);
             most = fmax(most, worst(counts[n]));
         }

@@ -1,4 +1,4 @@
-"""Attention over a paged KV cache: `plan` once per step and group, `write` and `run` once per layer.
+"""Attention over a paged KV cache: `plan` once per step and group, `attend` once per layer.
 
 Start with `batch` (what a step looks like to layers), then `backend` (the Protocol), then `reference`. Does not own the
 cache's memory or block tables (`worker`), nor which tokens run (`scheduler`).

@@ -1,13 +1,13 @@
 """What an attention backend is, and the facts about a layer that it works from.
 
-A step calls `plan` once per KV group; each layer then calls `write` and `run`. All KV writes of a layer come before any
-of its attention, which is why the write is a call of its own.
+A step calls `plan` once per KV group; each layer then calls `attend`. Normalising, rotating and writing belong to it,
+so that a backend can do them in the kernel that attends; a token's KV is written before any token sees it.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from torch import Tensor
 
@@ -36,19 +36,22 @@ class AttnSpec:
 class AttentionBackend(Protocol):
     """Paged attention. `Meta` is the backend's own; the worker only carries it from `plan` to layers in batch.meta."""
 
+    replays: ClassVar[bool]
+    """Whether a decode step can be recorded: it reads the state on the device, and tables through `row_tables`."""
+
     def supports(self, spec: AttnSpec) -> str | None:
         """None for yes, otherwise the reason why not."""
 
     def plan(self, batch: Batch, group: KVGroup) -> Any:
         """What the layers of `group` share in this step: the Meta for batch.meta[group.index]."""
 
-    def write(
+    def attend(
         self, qkv: Tensor, cache: KVCache, meta: Any, spec: AttnSpec, rotation: Rotation, norms: HeadNorms | None
     ) -> Tensor:
-        """Normalises and rotates q and k, writes k and v; qkv [T, q + 2 kv sizes] -> q [T, heads, dim]."""
+        """Normalises and rotates q and k, writes k and v; then each token attends to its row's tokens up to itself.
 
-    def run(self, q: Tensor, cache: KVCache, meta: Any, spec: AttnSpec) -> Tensor:
-        """Each token attends to its row's tokens up to itself: q [T, heads, dim] -> [T, heads * dim]."""
+        qkv [T, (heads + 2 * kv_heads) * dim], q, k and v side by side -> [T, heads * dim].
+        """
 
 
 def attn_specs(facts: ModelFacts, block_size: int) -> tuple[AttnSpec, ...]:

@@ -62,5 +62,8 @@ class Batch:
     row_tables: tuple[Tensor, ...] | None = None
     """Per group the row state's block tables [R+1, max_blocks] int32, for backends that need no gathered copy."""
 
+    order: Tensor | None = None
+    """[num_decode] int32 the decode rows, longest first: what runs in turns should begin with the longest."""
+
     def with_meta(self, meta: tuple[Any, ...]) -> Batch:
         return replace(self, meta=meta)

@@ -8,6 +8,7 @@ to the reference.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -33,6 +34,8 @@ class Meta:
 
 class CpuAttention:
     """AttentionBackend over octavo.kernels.cpu; every layer has the heads of the first spec."""
+
+    replays: ClassVar[bool] = True
 
     def __init__(self, kernels: Kernels, specs: tuple[AttnSpec, ...]) -> None:
         self._kernels, self._spec = kernels, specs[0]
@@ -69,7 +72,7 @@ class CpuAttention:
         held = (blocks, q_start, seq_lens) if lines is None else (blocks, q_start, seq_lens, lines)
         return Meta(batch.slots[group.index], step, int(batch.q_lens @ batch.kv_lens), held)
 
-    def write(
+    def attend(
         self,
         qkv: Tensor,
         cache: KVCache,
@@ -78,13 +81,14 @@ class CpuAttention:
         rotation: Rotation,
         norms: HeadNorms | None,
     ) -> Tensor:
-        return self._kernels.rope_norm_write_kv(qkv, spec.num_heads, rotation, norms, cache.k, cache.v, meta.slots)
-
-    def run(self, q: Tensor, cache: KVCache, meta: Meta | reference.Meta, spec: AttnSpec) -> Tensor:
         if isinstance(meta, reference.Meta):
-            return self._reference.run(q, cache, meta, spec)
+            return self._reference.attend(qkv, cache, meta, spec, rotation, norms)
+        q = self._kernels.rope_norm_write_kv(qkv, spec.num_heads, rotation, norms, cache.k, cache.v, meta.slots)
+        return self._run(q, cache, meta, spec)
+
+    def _run(self, q: Tensor, cache: KVCache, meta: Meta, spec: AttnSpec) -> Tensor:
         if q.dtype not in HALF:
-            return self.run(q.float(), cache, meta, spec).to(q.dtype)
+            return self._run(q.float(), cache, meta, spec).to(q.dtype)
         if q.stride(2) != 1 or q.stride(1) != spec.head_dim:
             q = q.contiguous()
         out = q.new_empty((q.shape[0], spec.num_heads * spec.head_dim))

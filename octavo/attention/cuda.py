@@ -1,5 +1,8 @@
 """Attention on CUDA: split-key decode for rows of one token, one prefill launch for the rest.
 
+A batch of single-token rows takes one launch a layer: its decode normalises, rotates and writes as well. Other batches
+do so for all tokens in a launch before.
+
 Prefill is Hopper's own kernel wherever it fits, because it was the faster one at every size measured (16 rows of 550
 tokens: 77 against 114 us, 16,384 tokens: 617 against 418 TFLOP/s), and the portable one otherwise: other devices, head
 dimensions other than 64 and 128, float32, and windows that hide keys.
@@ -11,7 +14,7 @@ lengths and tables are read from device memory by the kernels, and only the batc
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import torch
@@ -21,7 +24,8 @@ from octavo.attention.backend import AttnSpec, HeadNorms, Rotation
 from octavo.attention.batch import Batch, KVCache
 from octavo.config.kv import KVGroup
 from octavo.kernels import Kernels
-from octavo.kernels.cuda import attention_decode, attention_prefill
+from octavo.kernels.cuda import attention_decode, attention_prefill, rope
+from octavo.kernels.cuda.attention_decode import NewTokens
 from octavo.kernels.cuda.launch import FLOATS, pdl
 
 if TYPE_CHECKING:
@@ -44,6 +48,8 @@ class Meta:
     table: Tensor
     rows: Tensor | None
     """Table line of each batch row; None: the row itself."""
+    order: Tensor | None
+    """Decode rows, longest first, where known."""
     q_start: Tensor
     seq_lens: Tensor
     num_decode: int
@@ -54,6 +60,8 @@ class Meta:
 
 class CudaAttention:
     """AttentionBackend for NVIDIA GPUs and head dimensions that are powers of two, with half types in mind."""
+
+    replays: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -88,6 +96,7 @@ class CudaAttention:
             batch.slots[group.index],
             tables[group.index],
             rows,
+            batch.order,
             batch.q_start,
             batch.seq_lens,
             batch.num_decode,
@@ -108,25 +117,26 @@ class CudaAttention:
         listed = attention_prefill.tiles(np.arange(first, len(batch.q_lens)), q_lens, kv_lens, tokens)
         return Prefill(launch, attention_prefill.upload(listed, batch.seq_lens.device))
 
-    def write(
+    def attend(
         self, qkv: Tensor, cache: KVCache, meta: Meta, spec: AttnSpec, rotation: Rotation, norms: HeadNorms | None
     ) -> Tensor:
-        return self._kernels.rope_norm_write_kv(qkv, spec.num_heads, rotation, norms, cache.k, cache.v, meta.slots)
-
-    def run(self, q: Tensor, cache: KVCache, meta: Meta, spec: AttnSpec) -> Tensor:
-        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        out = torch.empty((qkv.shape[0], spec.num_heads, spec.head_dim), dtype=qkv.dtype, device=qkv.device)
+        if meta.prefill is None and rope.readable(qkv, rotation[0], cache.k, cache.v):
+            self._decode(qkv, cache, meta, spec, out, NewTokens(meta.slots, rotation, norms))
+            return out.flatten(1)
+        q = self._kernels.rope_norm_write_kv(qkv, spec.num_heads, rotation, norms, cache.k, cache.v, meta.slots)
         if meta.num_decode:
-            self._decode(q, cache, meta, spec, out)
+            self._decode(q[: meta.num_decode], cache, meta, spec, out[: meta.num_decode])
         if meta.prefill is not None:
             self._prefill(q, cache, meta, meta.prefill, spec, out)
         return out.flatten(1)
 
-    def _decode(self, q: Tensor, cache: KVCache, meta: Meta, spec: AttnSpec, out: Tensor) -> None:
+    def _decode(
+        self, q: Tensor, cache: KVCache, meta: Meta, spec: AttnSpec, out: Tensor, new: NewTokens | None = None
+    ) -> None:
         count, kv_heads = meta.num_decode, spec.num_kv_heads
         max_kv = meta.max_kv if spec.window is None else min(meta.max_kv, spec.window + spec.block_size)
         launch = attention_decode.config(count, kv_heads, spec.num_heads // kv_heads, spec.head_dim, max_kv)
-        if meta.prefill is not None:
-            q, out = q[:count], out[:count]
         attention_decode.decode(
             q,
             cache.k,
@@ -138,7 +148,9 @@ class CudaAttention:
             launch,
             scale=spec.scale,
             window=spec.window,
+            order=meta.order,
             arrivals=self._arrivals,
+            new=new,
             pdl=False,  # measured: a product that starts early slows attention by more than the launch it saves
         )
 

@@ -9,6 +9,7 @@ K and V are not repeated for the heads that share them: those heads are the quer
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -44,6 +45,8 @@ class Meta:
 class ReferenceAttention:
     """AttentionBackend for every device and float type."""
 
+    replays: ClassVar[bool] = False
+
     def __init__(self, kernels: Kernels) -> None:
         self._kernels = kernels
 
@@ -61,12 +64,10 @@ class ReferenceAttention:
         ]
         return Meta(batch.slots[group.index], tuple(decode), tuple(prefill))
 
-    def write(
+    def attend(
         self, qkv: Tensor, cache: KVCache, meta: Meta, spec: AttnSpec, rotation: Rotation, norms: HeadNorms | None
     ) -> Tensor:
-        return self._kernels.rope_norm_write_kv(qkv, spec.num_heads, rotation, norms, cache.k, cache.v, meta.slots)
-
-    def run(self, q: Tensor, cache: KVCache, meta: Meta, spec: AttnSpec) -> Tensor:
+        q = self._kernels.rope_norm_write_kv(qkv, spec.num_heads, rotation, norms, cache.k, cache.v, meta.slots)
         q = q.view(q.shape[0], spec.num_kv_heads, -1, spec.head_dim)  # [T, kv_heads, heads of each, dim]
         keys, values = cache.k.flatten(0, 1), cache.v.flatten(0, 1)
         if len(meta.decode) == 1 and not meta.prefill:

@@ -1,4 +1,7 @@
-"""`octavo serve`: binds the port, starts the engine, serves until Ctrl-C. The work is `frontend`'s and `server`'s."""
+"""`octavo serve`: starts the engine, binds the port, serves until Ctrl-C. The work is `frontend`'s and `server`'s.
+
+The engine's process comes first and gets its configuration early: importing torch and compiling kernels take longest.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,7 @@ from octavo.cli.terminal import log_to_stderr, seconds_since_start
 from octavo.config.args import EngineArgs, ServerArgs
 from octavo.config.flags import parse_given
 from octavo.core.errors import ConfigError
+from octavo.frontend.launch import EngineProcess
 
 if TYPE_CHECKING:
     from octavo.frontend import AsyncLLM
@@ -31,6 +35,19 @@ def run(namespace: argparse.Namespace) -> int:
     template = None if server.chat_template is None else read_template(server.chat_template)
     log_to_stderr(logging.INFO, dropped)
 
+    process = EngineProcess()
+    try:
+        _serve(process, engine, server, template)
+    finally:
+        process.close()
+    return 0
+
+
+def _serve(process: EngineProcess, engine: EngineArgs, server: ServerArgs, template: str | None) -> None:
+    from octavo.frontend.startup import resolve_config
+
+    process.configure(resolve_config(engine))
+
     from octavo.formats.locate import DEFAULT_MODEL
     from octavo.server.backend import ServerSettings
     from octavo.server.run import bind, serve
@@ -38,7 +55,7 @@ def run(namespace: argparse.Namespace) -> int:
     names = server.served_model_name or (engine.model or DEFAULT_MODEL,)
     serve(
         bind(server.host, server.port),
-        lambda: _start(engine, template),
+        lambda: _start(process, engine, template),
         ServerSettings(
             served_model_names=names,
             api_keys=server.api_key,
@@ -49,16 +66,15 @@ def run(namespace: argparse.Namespace) -> int:
         on_ready=lambda backend, url: print(ready_lines(backend, url, names[0], server), flush=True),
         log_level=server.uvicorn_log_level,
     )
-    return 0
 
 
-async def _start(engine: EngineArgs, template: str | None) -> AsyncLLM:
+async def _start(process: EngineProcess, engine: EngineArgs, template: str | None) -> AsyncLLM:
     from octavo.frontend import AsyncLLM
     from octavo.frontend.progress import loading_bars
     from octavo.text import ChatTemplate
 
     with loading_bars() as progress:
-        llm = await AsyncLLM.start(engine, progress=progress)
+        llm = await AsyncLLM.start(engine, progress=progress, process=process)
     if template is not None:
         if llm.tokenizer is None:
             await llm.shutdown()

@@ -17,7 +17,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
 import msgspec
@@ -28,8 +28,9 @@ from octavo.core.errors import ConfigError, EngineDead, InvalidRequest
 from octavo.core.facts import ModelFacts
 from octavo.core.params import SamplingParams
 from octavo.core.request import Died, FromEngine, Outputs, Progress, Ready, Reply, Request, ResetPrefixCache, Stats
-from octavo.frontend.client import ENGINE_COMMAND, EngineClient
+from octavo.frontend.client import EngineClient
 from octavo.frontend.inputs import InputProcessor, Prompt
+from octavo.frontend.launch import EngineProcess
 from octavo.frontend.outputs import RequestOutput
 from octavo.frontend.process import OutputProcessor, RequestState
 from octavo.frontend.startup import logger, open_tokenizer, resolve_config
@@ -81,18 +82,22 @@ class AsyncLLM:
         args: EngineArgs,
         *,
         progress: Callable[[str, int, int], None] | None = None,
-        command: Sequence[str] = ENGINE_COMMAND,
+        process: EngineProcess | None = None,
     ) -> AsyncLLM:
         """Starts the engine process and returns when it accepts requests.
 
-        `progress` is called with (what, done, total) while it loads. `command` starts the engine; the two endpoints
-        are appended. Raises ConfigError for settings that cannot work, EngineDead when the process fails otherwise.
+        `progress` is called with (what, done, total) while it loads. `process` is one that runs already and may have
+        been configured, with what follows from `args`; it ends with the AsyncLLM. Raises ConfigError for settings that
+        cannot work, EngineDead when the process fails otherwise.
         """
-        client = await EngineClient.spawn(command)
+        process = process or EngineProcess()
+        client = EngineClient(process)
         tasks: list[asyncio.Task[Any]] = []
         try:
-            config = await asyncio.to_thread(resolve_config, args)
-            await client.configure(config)
+            config = process.config
+            if config is None:
+                config = await asyncio.to_thread(resolve_config, args)
+                await asyncio.to_thread(process.configure, config)
             loading = asyncio.create_task(asyncio.to_thread(_open_vocabulary, args, config))
             starting = asyncio.create_task(_until_ready(client, progress))
             tasks = [loading, starting]
@@ -201,7 +206,10 @@ class AsyncLLM:
             self._client.finish([(engine_id, -1)])
 
     async def abort(self, request_id: str) -> None:
-        """Ends a request: its generator returns what there is, with finish_reason "abort". Unknown ids are ignored."""
+        """Ends a request: its generator returns what has come, with finish_reason "abort". Unknown ids are ignored.
+
+        Nothing has come of a request that is not streamed: the engine answers it once, at its end.
+        """
         ticket = self._by_name.get(request_id)
         if ticket is not None:
             ticket.aborted = True
@@ -269,8 +277,9 @@ class AsyncLLM:
 
 
 def _open_vocabulary(args: EngineArgs, config: EngineConfig) -> tuple[Tokenizer | None, Vocabulary | None]:
-    """The tokenizer, also prepared for grammars from now on, while the engine still loads."""
+    """The tokenizer, also prepared for grammars from now on, while the engine still loads; its template as well."""
     tokenizer = open_tokenizer(args, config.model)
+    model_template(tokenizer)  # compiled once a process
     vocabulary = InputProcessor(config, tokenizer).vocabulary
     if vocabulary is not None:
         vocabulary.prepare_soon()

@@ -1,39 +1,31 @@
-"""The engine process as the frontend sees it: starting it, messages both ways, its end.
+"""The engine process as the frontend sees it: messages both ways, its end.
 
     frontend                                   engine (python -m octavo.engine INBOX OUTBOX)
-    bind INBOX, OUTBOX; spawn     ------->     import torch
-    resolve the configuration
-    stdin: length, EngineConfig   ------->     load      ---- Progress ... Ready --->
+    start it (launch)             ------->     import torch
+    stdin: length, EngineConfig   ------->
+    bind INBOX, OUTBOX                         load      ---- Progress ... Ready --->
     Add, Finish, ResetPrefixCache ------->     step      ---- Outputs, Reply ------->
     Shutdown, or EOF of stdin     ------->     exit      ---- Died, if it fails ---->
 
-Both sockets are unix sockets in a private directory that goes away with the client. The engine runs in a session of
-its own, so Ctrl-C reaches the frontend alone; stdin stays open as long as the parent lives. Owns no request state.
+`launch` starts the process. Owns no request state.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
-import signal
-import struct
-import sys
-import tempfile
+import threading
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import msgspec
 import zmq
 import zmq.asyncio
 
-from octavo.config.engine import EngineConfig
 from octavo.core.errors import EngineDead
 from octavo.core.request import Add, Finish, FromEngine, Request, Shutdown, ToEngine
+from octavo.frontend.launch import EngineProcess
 
-SHORT_SPINS = {"GOMP_SPINCOUNT": "20000"}
-"""OpenMP's threads give up their core soon when they wait for one that does not run. Beside a busy thread of this
-process on 2 cores, four streams had gaps of 104 to 444 ms with libgomp's own count, of 187 to 197 ms with this one."""
-ENGINE_COMMAND = (sys.executable, "-m", "octavo.engine")
 GRACE_SECONDS = 5.0
 """How long the engine may take to leave after Shutdown, and again after SIGTERM, before SIGKILL."""
 LAST_WORDS_SECONDS = 0.4
@@ -45,59 +37,29 @@ _decode: Callable[[bytes], FromEngine] = msgspec.msgpack.Decoder(FromEngine).dec
 
 
 class EngineClient:
-    """A running engine process. `await EngineClient.spawn()`, then `configure`, `receive` and `send`; at last `close`.
+    """A running engine process, the client's from now on: `receive` and `send`, at last `close`.
 
     Every method belongs to the event loop's thread.
     """
 
-    _process: asyncio.subprocess.Process
-    _exit: asyncio.Task[int]
-
-    def __init__(self) -> None:
-        self._directory = tempfile.TemporaryDirectory(prefix="octavo-", ignore_cleanup_errors=True)
+    def __init__(self, process: EngineProcess) -> None:
+        self._process = process
+        self._exit: asyncio.Future[Any] = _exit_of(process)
         self._context = zmq.asyncio.Context()
         self._outbox: zmq.asyncio.Socket = self._context.socket(zmq.PULL)
         self._inbox: zmq.Socket[bytes] = zmq.Context(self._context).socket(zmq.PUSH)
-        for socket in (self._inbox, self._outbox):
+        for socket, endpoint in ((self._inbox, process.inbox), (self._outbox, process.outbox)):
             socket.set_hwm(0)
             socket.setsockopt(zmq.LINGER, 0)
-        self._endpoints = [f"ipc://{self._directory.name}/{name}" for name in ("in", "out")]
-        self._inbox.bind(self._endpoints[0])
-        self._outbox.bind(self._endpoints[1])
+            socket.bind(endpoint)
         self._adds: list[Request] = []
         self._finishes: list[tuple[str, int]] = []
         self._flush_due = False
         self._closed = False
 
-    @classmethod
-    async def spawn(cls, command: Sequence[str] = ENGINE_COMMAND) -> EngineClient:
-        """Starts the process, which imports what it needs while the caller resolves its configuration."""
-        client = cls()
-        try:
-            client._process = await asyncio.create_subprocess_exec(
-                *command,
-                *client._endpoints,
-                stdin=asyncio.subprocess.PIPE,
-                start_new_session=True,
-                env=SHORT_SPINS | os.environ,
-            )
-        except BaseException:
-            client._release()
-            raise
-        client._exit = asyncio.ensure_future(client._process.wait())
-        return client
-
     @property
     def pid(self) -> int:
         return self._process.pid
-
-    async def configure(self, config: EngineConfig) -> None:
-        """Sends the configuration. An engine that has died meanwhile is noticed by `receive`."""
-        assert self._process.stdin is not None
-        frame = _encode(config)
-        with contextlib.suppress(ConnectionError):
-            self._process.stdin.write(struct.pack("<I", len(frame)) + frame)
-            await self._process.stdin.drain()
 
     def add(self, request: Request) -> None:
         """Queues `request`; those of one turn of the event loop travel together."""
@@ -141,14 +103,7 @@ class EngineClient:
                 return _decode(receiving.result())
         finally:
             receiving.cancel()
-        raise EngineDead(f"the engine process {self._describe_exit()}")
-
-    def _describe_exit(self) -> str:
-        code = self._process.returncode
-        if code is None or code >= 0:
-            return f"ended with exit code {code}"
-        name = signal.Signals(-code).name
-        return f"was killed by {name}" + (" (out of memory?)" if name == "SIGKILL" else "")
+        raise EngineDead(f"the engine process {self._process.describe_end()}")
 
     async def close(self, grace: float | None = None) -> None:
         """Ends the process and removes the sockets. Safe to call twice.
@@ -163,24 +118,36 @@ class EngineClient:
         try:
             await self._end(GRACE_SECONDS if grace is None else grace)
         finally:
-            if not self._exit.done():  # cancelled
-                self._process.kill()
             self._release()
 
     async def _end(self, grace: float) -> None:
-        assert self._process.stdin is not None
         for seconds, end in ((grace, self._process.terminate), (GRACE_SECONDS, self._process.kill)):
             await asyncio.wait([self._exit], timeout=seconds)
             if not self._exit.done():
                 end()
         await self._exit
-        self._process.stdin.close()
-        with contextlib.suppress(ConnectionError):
-            await self._process.stdin.wait_closed()
 
     def _release(self) -> None:
         self._closed = True
         self._inbox.close(0)
         self._outbox.close(0)
         self._context.term()
-        self._directory.cleanup()
+        self._process.close()
+
+
+def _exit_of(process: EngineProcess) -> asyncio.Future[None]:
+    """Is done when the process has ended."""
+    loop = asyncio.get_running_loop()
+    ended: asyncio.Future[None] = loop.create_future()
+
+    def tell() -> None:
+        if not ended.done():
+            ended.set_result(None)
+
+    def watch() -> None:
+        process.wait()
+        with contextlib.suppress(RuntimeError):  # the loop has gone
+            loop.call_soon_threadsafe(tell)
+
+    threading.Thread(target=watch, name="octavo-engine-exit", daemon=True).start()
+    return ended

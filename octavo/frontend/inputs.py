@@ -15,7 +15,7 @@ from octavo.core.errors import InvalidRequest
 from octavo.core.params import INT64_MAX, SamplingParams, StructuredOutputs
 from octavo.core.request import Request
 from octavo.structured import Vocabulary, compile_grammar
-from octavo.text import Tokenizer
+from octavo.text import Tokenizer, check_unicode
 
 
 class TextPrompt(TypedDict):
@@ -90,7 +90,7 @@ class InputProcessor:
         bad_words = self._bad_word_ids(params.bad_words or ())
         self._check_choice(params, bad_words)
         params = params.replace(max_tokens=self._max_tokens(params, len(ids)))
-        _check_unicode(cache_salt or salt, "cache_salt")
+        check_unicode(cache_salt or salt, "cache_salt")
         grammar = ""
         if params.structured_outputs is not None:
             grammar = self._compile(params.structured_outputs)
@@ -115,7 +115,7 @@ class InputProcessor:
 
     def check_text(self, text: str) -> None:
         """Refuses text whose size alone shows that its tokens cannot fit, or that is not Unicode."""
-        size = _check_unicode(text, "prompt")
+        size = check_unicode(text, "prompt")
         longest = 1 if self.tokenizer is None else self.tokenizer.max_token_bytes
         if size > self.max_model_len * longest:
             raise self._too_long(f"at least {-(-size // longest)}")
@@ -155,7 +155,7 @@ class InputProcessor:
                 "stop strings need the tokenizer, which skip_tokenizer_init left out: use stop_token_ids", "stop"
             )
         for stop in params.stops:
-            _check_unicode(stop, "stop")
+            check_unicode(stop, "stop")
         if params.seed is not None and params.seed + params.n - 1 > INT64_MAX:
             raise InvalidRequest(f"seed {params.seed} + n {params.n} - 1 exceeds {INT64_MAX}: lower it", "seed")
 
@@ -167,7 +167,7 @@ class InputProcessor:
             )
         found: dict[tuple[int, ...], None] = {}
         for word in words:
-            _check_unicode(word, "bad_words")
+            check_unicode(word, "bad_words")
             bare = word.lstrip()
             if not bare:
                 raise InvalidRequest(f"bad_words: {word!r} is only white space", "bad_words")
@@ -236,13 +236,3 @@ def _parse_mapping(prompt: Mapping[str, Any]) -> tuple[str | None, Sequence[int]
     if not isinstance(salt, str):
         raise InvalidRequest("cache_salt must be text", "cache_salt")
     return text, ids, salt
-
-
-def _check_unicode(text: str, name: str) -> int:
-    """Size of `text` in bytes of UTF-8."""
-    try:
-        return len(text.encode())
-    except UnicodeEncodeError as error:
-        raise InvalidRequest(
-            f"{name} has an unpaired surrogate at character {error.start}: send valid Unicode", name
-        ) from None

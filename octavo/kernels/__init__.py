@@ -62,6 +62,9 @@ class Kernels(Protocol):
     ) -> tuple[Tensor, Tensor]:
         """s = x + residual (or x); returns (linear(rms_norm(s)), s). `gated`: then silu_mul, [T, out / 2]."""
 
+    def add_linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, stream: Tensor) -> bool:
+        """stream [T, out] += linear(x), in place, where that saves time; False, with nothing done, elsewhere."""
+
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """x / sqrt(mean(x^2) + eps) * weight over the last dimension (arXiv:1910.07467)."""
 

@@ -30,11 +30,21 @@ HERE = Path(__file__).parent / "cpu"
 FLOAT = ("linear_float.c", "attention.c", "elementwise.c", "sampling.c", "run.c")
 """Sources of the kernels for float weights, one library."""
 QUANT = ("quant_linear.c",)
-"""Of those for quantized weights."""
+"""Of what those for quantized weights share."""
+FORMATS = ("quant_formats.c",)
+"""Of their products, a library for each format."""
 NATIVE = ("-march=native",)
 BASE = ("-O3", "-std=gnu11", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math")
-LESS = {"elementwise.c": ("-O2",), "sampling.c": ("-O2",), "run.c": ("-O2",)}
-"""Flags of sources whose loops are vectors as they are written: the same code in two thirds of the time."""
+_WRITTEN = ("-fno-tree-vectorize", "-fno-unswitch-loops")
+LESS = {
+    "linear_float.c": _WRITTEN,
+    "attention.c": _WRITTEN,
+    "elementwise.c": ("-O2",),
+    "sampling.c": ("-O2",),
+    "run.c": ("-O2",),
+}
+"""Flags of sources whose loops are vectors as they are written: the same speed, compiled in half to four fifths of the
+time."""
 THREADS = (("-fopenmp",), ())
 """Tried in turn: a compiler without OpenMP makes kernels that run on one thread."""
 
@@ -89,14 +99,13 @@ def compile_soon(*libraries: tuple[Sequence[str], Sequence[str]]) -> None:
         threading.Thread(target=work, args=library, name="octavo-compile", daemon=True).start()
 
 
-def for_formats(mask: int) -> tuple[str, ...]:
-    """Flags for a library of QUANT with the products of some formats, bits by their numbers in quant_linear.c."""
-    return (*NATIVE, f"-DFORMATS={mask}")
+def for_format(number: int, flags: Sequence[str] = NATIVE) -> tuple[str, ...]:
+    """Flags for a library of FORMATS with the products of one, by its number in quant_linear.c."""
+    return (*flags, f"-DFORMATS={1 << number}")
 
 
-LIKELY = tuple((QUANT, for_formats(1 << number)) for number in (5, 1))
-"""Libraries that most GGUF files need: of 8 bits, of which `cpu.quant_linear` learns whether all compile, and of 4 bits
-with minima (Q4_1, Q4_K)."""
+LIKELY = ((QUANT, NATIVE), *((FORMATS, for_format(number)) for number in (5, 1)))
+"""Libraries that most GGUF files need: products of 8 bits and of 4 bits with minima (Q4_1, Q4_K)."""
 
 
 @contextlib.contextmanager

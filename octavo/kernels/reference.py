@@ -13,6 +13,7 @@ from octavo.kernels.reference_batch import prepare_decode, slots, verify
 from octavo.kernels.reference_sampling import apply_masks, apply_penalties, sample, sample_rows, top_logprobs
 
 __all__ = [
+    "add_linear",
     "add_rms_norm",
     "apply_masks",
     "apply_penalties",
@@ -52,6 +53,10 @@ def norm_linear(
     h, stream = (rms_norm(x, norm_weight, eps), x) if residual is None else add_rms_norm(x, residual, norm_weight, eps)
     y = linear(h, weight, bias)
     return silu_mul(y) if gated else y, stream
+
+
+def add_linear(x: Tensor, weight: Tensor, bias: Tensor | None, stream: Tensor) -> bool:
+    return False
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -31,9 +31,8 @@ class Attention:
 
     def __call__(
         self, norm: AddNorm, partial: Tensor, stream: Tensor | None, batch: Batch, rotation: Rotation
-    ) -> tuple[Tensor, Tensor]:
-        """(partial sums, stream): the stream takes up `partial`, or starts with it, and is normalised first."""
+    ) -> tuple[Tensor, Tensor | None]:
+        """(partial sums, stream) or (stream, None): the stream takes up `partial` and is normalised first."""
         cache, meta = batch.kv[self._layer], batch.meta[self._group]
         qkv, stream = norm.into(self.qkv, partial, stream)
-        q = self._backend.write(qkv, cache, meta, self._spec, rotation, self._norms)
-        return self.out(self._backend.run(q, cache, meta, self._spec)), stream
+        return self.out.onto(self._backend.attend(qkv, cache, meta, self._spec, rotation, self._norms), stream)

@@ -23,6 +23,7 @@ class Linear:
         self._kernels, self._scheme = build.kernels, build.scheme
         self._shapes = {part: (out, in_features) for part, out in layout.parts.items()}
         rank, size = build.comm.rank, build.comm.size
+        self._alone = size == 1
         self._reads = {part: layout.read(part, in_features, rank, size) for part in layout.parts}
         self._offsets: dict[str, int] = {}
         out = 0
@@ -36,6 +37,15 @@ class Linear:
 
     def __call__(self, x: Tensor) -> Tensor:
         return self._scheme.apply(self._kernels, x, self._params, self._bias)
+
+    def onto(self, x: Tensor, stream: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(partial sums, stream), or (stream, None) with the sums added to it, which is overwritten then.
+
+        The second where no rank has other sums to add, and one pass over the stream is saved.
+        """
+        if self._alone and self._scheme.apply_onto(self._kernels, x, self._params, self._bias, stream):
+            return stream, None
+        return self(x), stream
 
     def after_norm(
         self, x: Tensor, residual: Tensor | None, norm: tuple[Tensor, float], *, gated: bool

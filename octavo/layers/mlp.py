@@ -19,7 +19,7 @@ class MLP:
         self.gate_up = Linear(hidden, Column({"gate": size, "up": size}), build, bias=bias)
         self.down = Linear(size, Row({"down": hidden}), build, bias=bias)
 
-    def __call__(self, norm: AddNorm, partial: Tensor, stream: Tensor) -> tuple[Tensor, Tensor]:
-        """(partial sums, stream): the stream takes up `partial` and is normalised first."""
+    def __call__(self, norm: AddNorm, partial: Tensor, stream: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """(partial sums, stream) or (stream, None): the stream takes up `partial` and is normalised first."""
         x, stream = norm.into(self.gate_up, partial, stream, gated=True)
-        return self.down(x), stream
+        return self.down.onto(x, stream)

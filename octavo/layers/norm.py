@@ -22,8 +22,10 @@ class RMSNorm(OneTensor):
 class AddNorm(RMSNorm):
     """Reduces a block's partial sums over ranks, adds them to the residual stream and normalises it."""
 
-    def add(self, partial: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        """partial, residual [T, size] -> (normalised stream, stream)."""
+    def add(self, partial: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+        """partial, residual [T, size] -> (normalised stream, stream); without a residual `partial` is the stream."""
+        if residual is None:
+            return self(partial), partial
         return self._kernels.add_rms_norm(self._comm.all_reduce(partial), residual, self.weight, self.eps)
 
     def into(
@@ -40,5 +42,7 @@ class Join:
     def __init__(self, build: Build) -> None:
         self._comm = build.comm
 
-    def __call__(self, partial: Tensor, residual: Tensor) -> Tensor:
+    def __call__(self, partial: Tensor, residual: Tensor | None) -> Tensor:
+        if residual is None:
+            return partial
         return self._comm.all_reduce(partial) + residual

@@ -19,7 +19,7 @@ from octavo.quant import Stored
 
 
 class Block:
-    """One decoder layer over the residual stream; x is what the previous block adds to it."""
+    """One decoder layer over the residual stream; x is what the previous block adds to it, or the stream itself."""
 
     def __init__(self, facts: ModelFacts, layer: int, build: Build) -> None:
         self.attn_norm = AddNorm(facts.hidden_size, facts.norm_eps, build)
@@ -27,7 +27,9 @@ class Block:
         self.mlp_norm = AddNorm(facts.hidden_size, facts.norm_eps, build)
         self.mlp = MLP(facts, build)
 
-    def __call__(self, x: Tensor, stream: Tensor | None, batch: Batch, rotation: Rotation) -> tuple[Tensor, Tensor]:
+    def __call__(
+        self, x: Tensor, stream: Tensor | None, batch: Batch, rotation: Rotation
+    ) -> tuple[Tensor, Tensor | None]:
         x, stream = self.attn(self.attn_norm, x, stream, batch, rotation)
         return self.mlp(self.mlp_norm, x, stream)
 
@@ -83,10 +85,10 @@ class Llama:
         if stream is None:
             assert self.embed is not None
             stream = self.embed(batch.tokens)
-        x, residual = stream, None
+        x: Tensor = stream
+        residual: Tensor | None = None
         for block in self.blocks.values():
             x, residual = block(x, residual, batch, rotation)
-        assert residual is not None
         return self.join(x, residual) if self.norm is None else self.norm.add(x, residual)[0]
 
     def logits(self, hidden: Tensor) -> Tensor:

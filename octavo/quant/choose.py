@@ -38,12 +38,18 @@ def scheme_for(
             f"quantization native keeps a GGUF file's formats, and this model has {files}: use none or int8"
         )
     from octavo.kernels.cpu import quant_linear
+    from octavo.kernels.cpu.quant_linear import Format
 
     if (reason := quant_linear.available()) is not None:
         if quantization == "auto":
             return Dense()
         raise ConfigError(f"quantization {quantization} needs compiled kernels: {reason}")
-    from octavo.quant.gguf import GGUF
-    from octavo.quant.int8 import Int8
+    if quantization == "int8":
+        if not quant_linear.multiplies(Format.Q8):
+            raise ConfigError("quantization int8 needs compiled kernels, and they do not compile: use none")
+        from octavo.quant.int8 import Int8
 
-    return Int8() if quantization == "int8" else GGUF()
+        return Int8()
+    from octavo.quant.gguf import GGUF
+
+    return GGUF()

@@ -28,6 +28,11 @@ class Dense:
     def apply(self, kernels: Kernels, x: Tensor, params: dict[str, Tensor], bias: Tensor | None) -> Tensor:
         return kernels.linear(x, params["weight"], bias)
 
+    def apply_onto(
+        self, kernels: Kernels, x: Tensor, params: dict[str, Tensor], bias: Tensor | None, stream: Tensor
+    ) -> bool:
+        return kernels.add_linear(x, params["weight"], bias, stream)
+
     def apply_after_norm(
         self,
         kernels: Kernels,

@@ -51,7 +51,8 @@ class PackedScheme(ABC):
     def finish(self, params: dict[str, Tensor]) -> None:
         assert isinstance(params, Parts)
         merged: list[tuple[int, Packed | Tensor]] = []
-        for row, part in sorted(params.at, key=lambda entry: entry[0]):
+        for row, packed in sorted(params.at, key=lambda entry: entry[0]):
+            part = _multiplied(packed, params.dtype)
             if merged and (both := _join(merged[-1][1], part)) is not None:
                 merged[-1] = merged[-1][0], both
             else:
@@ -77,6 +78,11 @@ class PackedScheme(ABC):
             else:
                 out[:, row:end] = kernels.linear(x, part, some)
         return out
+
+    def apply_onto(
+        self, kernels: Kernels, x: Tensor, params: dict[str, Tensor], bias: Tensor | None, stream: Tensor
+    ) -> bool:
+        return False
 
     def apply_after_norm(
         self,
@@ -109,6 +115,13 @@ class PackedScheme(ABC):
 
 def _rows(part: Packed | Tensor) -> int:
     return part.outs if isinstance(part, Packed) else part.shape[0]
+
+
+def _multiplied(part: Packed | Tensor, dtype: torch.dtype) -> Packed | Tensor:
+    """The part, as floats in `dtype` if kernels for its format do not compile."""
+    if isinstance(part, Tensor) or quant_linear.multiplies(part.format):
+        return part
+    return quant_linear.rows(part, torch.arange(part.outs), dtype)
 
 
 def _join(upper: Packed | Tensor, lower: Packed | Tensor) -> Packed | Tensor | None:

@@ -35,6 +35,11 @@ class Scheme(Protocol):
     def apply(self, kernels: Kernels, x: Tensor, params: dict[str, Tensor], bias: Tensor | None) -> Tensor:
         """x [T, in] -> [T, out]."""
 
+    def apply_onto(
+        self, kernels: Kernels, x: Tensor, params: dict[str, Tensor], bias: Tensor | None, stream: Tensor
+    ) -> bool:
+        """stream [T, out] += apply(x), in place, where that saves time; False, with nothing done, elsewhere."""
+
     def apply_after_norm(
         self,
         kernels: Kernels,

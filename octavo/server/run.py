@@ -10,6 +10,7 @@ import asyncio
 import gc
 import signal
 import socket
+import sys
 from collections.abc import Callable, Coroutine, Generator
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -26,6 +27,8 @@ _KEEP_ALIVE_SECONDS = 75
 _FLUSH_SECONDS = 1.0
 """For clients to read the last words of a stream."""
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_SWITCH_SECONDS = 0.001
+"""After which a thread that prepares a request lets the event loop go on, so that streams flow meanwhile."""
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -73,6 +76,7 @@ def serve(
     `start` makes the backend; what it raises comes through. `on_ready` is called with the backend and the URL once
     requests are answered. Returns after a clean end; a signal is one, also while the backend starts.
     """
+    sys.setswitchinterval(_SWITCH_SECONDS)
     with sock, asyncio.Runner(loop_factory=_loop_factory()) as runner:
         runner.run(_serve(sock, start, settings, on_ready, log_level))
 

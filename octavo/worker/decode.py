@@ -78,6 +78,7 @@ class DecodeSteps:
         self._padding = state.last_token.shape[0] - 1
         most = size_class(self._padding)
         self._rows = torch.full((most,), self._padding, dtype=torch.int64, device=device)
+        self._order = torch.zeros(most, dtype=torch.int32, device=device)
         self._tokens = torch.zeros(most, dtype=torch.int64, device=device)
         self._positions = torch.zeros(most, dtype=torch.int64, device=device)
         self._next = torch.zeros(most, dtype=torch.int64, device=device)
@@ -177,11 +178,14 @@ class DecodeSteps:
             return None
 
     def _set_rows(self, rows: Int32s, size: int) -> None:
-        """Puts `rows` into the buffer, padded to `size`; nothing to do while they stay the same."""
+        """Puts `rows` and their order into the buffers, padded to `size`; nothing to do while they stay the same."""
         padded = np.full(size, self._padding, np.int64)
         padded[: len(rows)] = rows
         if not np.array_equal(padded, self._current):
-            self._rows[:size].copy_(self._upload(padded)[0])
+            order = np.argsort(-self._state.host_computed[padded], kind="stable").astype(np.int32)
+            on_device, order_on_device = self._upload(padded, order)
+            self._rows[:size].copy_(on_device)
+            self._order[:size].copy_(order_on_device)
             self._current = padded
 
     def _step(self, size: int) -> Tensor:
@@ -216,6 +220,7 @@ class DecodeSteps:
             kv=self._kv,
             rows=rows,
             row_tables=tuple(state.tables),
+            order=self._order[:size],
         )
         meta = tuple(self._attention.plan(batch, group) for group in self._groups)
         return self._model.logits(self._model(batch.with_meta(meta)))

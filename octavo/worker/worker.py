@@ -148,7 +148,7 @@ class Worker:
         """Rows that want prompt log-probabilities: how many a position, and the prompt."""
         self._clock: StepClock | None = None
         self._decode: DecodeSteps | None = None
-        recorders = recorders_for(self._device, dtype)
+        recorders = recorders_for(self._device, dtype) if self._attention.replays else None
         if recorders is not None and (self._links is ALONE or device.kind == "cuda"):  # no tape records what gloo does
             self._decode = DecodeSteps(
                 self._model,

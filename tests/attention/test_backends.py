@@ -1,6 +1,6 @@
 """Attention backends against a loop over tokens in float64.
 
-Whatever memory holds beside a row's visible tokens is NaN, and infinity in some places.
+Whatever memory holds beside a row's earlier, visible tokens is NaN, and infinity in some places.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from octavo.attention import AttnSpec, Batch, KVCache, load_backend
 from octavo.config.kv import KVGroup
 from octavo.core.errors import UnsupportedModel
 from octavo.kernels import load
+from tests.support.qkv import unwritten
 
 BLOCK, DIM = 4, 8
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 0.02, torch.float16: 0.003}
@@ -30,9 +31,11 @@ class Case:
     expected: Tensor
 
     def run(self, batch: Batch | None = None) -> Tensor:
-        backend = load_backend(load("cpu"), (self.spec,))
-        meta = backend.plan(batch or self.batch, self.group)
-        return backend.run(self.q, self.batch.kv[0], meta, self.spec)
+        batch = batch or self.batch
+        backend, cache = load_backend(load("cpu"), (self.spec,)), batch.kv[0]
+        meta = backend.plan(batch, self.group)
+        qkv, rotation = unwritten(self.q, cache, batch.slots[0])
+        return backend.attend(qkv, cache, meta, self.spec, rotation, None)
 
 
 def make(
@@ -56,6 +59,7 @@ def make(
     q = torch.randn(int(counts.sum()), heads[0], DIM, generator=generator, dtype=torch.float64).to(dtype)
     expected: list[Tensor] = []
     positions: list[int] = []
+    slots: list[int] = []
     first = 0
     for row, (count, past) in enumerate(rows):
         visible_from = 0 if window is None else max(past - window + 1, 0)
@@ -68,6 +72,7 @@ def make(
                 cache[block, :width] = noise.to(dtype)
         expected += [naive(q[first + t], k, v, table[row], past + t, spec) for t in range(count)]
         positions += range(past, past + count)
+        slots += [int(table[row, p // BLOCK]) * BLOCK + p % BLOCK for p in range(past, past + count)]
         first += count
     starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
     batch = Batch(
@@ -76,7 +81,7 @@ def make(
         row_of=torch.from_numpy(np.repeat(np.arange(len(rows)), counts)),
         q_start=torch.from_numpy(starts),
         seq_lens=torch.from_numpy(lens),
-        slots=(torch.zeros(first, dtype=torch.int64),),
+        slots=(torch.tensor(slots),),
         tables=(table,),
         logits_at=torch.from_numpy(starts[1:].astype(np.int64) - 1),
         num_decode=int((counts == 1).sum()),

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
 
 from octavo.config.args import EngineArgs
+from octavo.config.device import detect_cpu
 from octavo.config.engine import EngineConfig
 from octavo.config.kv import kv_groups, page_bytes, pages_for_sequence
 from octavo.config.parallel import shard_of, stage_layers
@@ -125,6 +127,25 @@ def test_dtype_on_a_gpu_follows_checkpoint_and_hardware(checkpoint: str, native:
     model = msgspec.structs.replace(SMALL, dtype=checkpoint)
     device = msgspec.structs.replace(GPU, native_bfloat16=native)
     assert config(model, device).dtype == dtype
+
+
+@pytest.mark.parametrize("checkpoint", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize(
+    ("flags", "dtype"),
+    [("fpu avx512f avx512_bf16", "bfloat16"), ("fpu avx2 amx_bf16", "bfloat16"), ("avx512f", "float32")],
+)
+def test_dtype_on_a_cpu_is_bfloat16_where_it_multiplies_that(
+    tmp_path: Path, flags: str, dtype: str, checkpoint: str
+) -> None:
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc/cpuinfo").write_text(f"model name : Chip 9\nflags : {flags}\n")
+    (tmp_path / "proc/meminfo").write_text(
+        f"MemTotal: {32 << 20} kB\nMemFree: {1 << 20} kB\nMemAvailable: {24 << 20} kB\n"
+    )
+    model, device = msgspec.structs.replace(SMALL, dtype=checkpoint), detect_cpu(tmp_path)
+    found = config(model, device)
+    assert found.dtype == found.cache.dtype == dtype
+    assert "Chip 9" in reasons(model, device)["dtype"]
 
 
 def test_bfloat16_is_refused_where_the_gpu_lacks_it() -> None:

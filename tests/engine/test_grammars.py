@@ -35,7 +35,7 @@ SPECS: list[dict[str, Any] | None] = [
     {"json": LIST},
     {"choice": ["abc", "abd", "10"]},
     None,
-    {"regex": "[0-9]+", "after": ":"},
+    {"regex": "[0-9]+", "lead": 'start: free @then\nfree[lazy]: TEXT ":"\nTEXT: /(?s:.*)/'},
 ]
 SHARED = [7, 3, 9, 1, 4, 4, 8, 2]
 PROMPTS = [[*SHARED, 6, 5], [5], SHARED, [*SHARED, 6, 10, 11, 12], [1, 2], [9]]

@@ -9,6 +9,7 @@ import pytest
 
 from octavo.config import EngineArgs
 from octavo.frontend import AsyncLLM, async_llm
+from octavo.frontend.launch import EngineProcess
 from tests.frontend import fake_engine
 from tests.frontend.tiny import byte_tokenizer, tiny_config
 
@@ -27,8 +28,8 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Start:
     async def start(
         mode: str = "ok", progress: Callable[[str, int, int], None] | None = None
     ) -> AsyncIterator[AsyncLLM]:
-        command = (sys.executable, fake_engine.__file__, mode)
-        llm = await AsyncLLM.start(EngineArgs(), progress=progress, command=command)
+        process = EngineProcess((sys.executable, fake_engine.__file__, mode))
+        llm = await AsyncLLM.start(EngineArgs(), progress=progress, process=process)
         try:
             yield llm
         finally:

@@ -13,13 +13,14 @@ from octavo.attention import AttnSpec, Batch, KVCache
 from octavo.config.kv import KVGroup
 from octavo.kernels import reference
 from tests.support.paged import Paged, expected, paged
+from tests.support.qkv import newest, unwritten
 
 if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
 
 from octavo.attention.cuda import CudaAttention
-from octavo.kernels.cuda import attention_decode, attention_prefill
-from octavo.kernels.cuda.attention_decode import DecodeConfig
+from octavo.kernels.cuda import attention_decode, attention_prefill, rope_norm_write_kv, rotation
+from octavo.kernels.cuda.attention_decode import DecodeConfig, NewTokens
 from octavo.kernels.cuda.launch import without_pdl
 
 BF16, FP16 = torch.bfloat16, torch.float16
@@ -46,12 +47,23 @@ def check(out: Tensor, truth: Tensor) -> None:
 
 
 def decode(
-    q: Tensor, cache: Paged, launch: DecodeConfig, window: int | None, arrivals: Tensor, *, pdl: bool = False
+    q: Tensor,
+    cache: Paged,
+    launch: DecodeConfig,
+    window: int | None,
+    arrivals: Tensor,
+    *,
+    order: Tensor | None = None,
+    heads: int | None = None,
+    new: NewTokens | None = None,
+    pdl: bool = False,
 ) -> Tensor:
-    out = torch.full(q.shape, float("nan"), dtype=q.dtype, device="cuda")
+    """With `new`, q is the qkv product and `heads` says how many of it are queries."""
+    dim = cache.k.shape[-1]
+    out = torch.full((len(q), heads or q.shape[1], dim), float("nan"), dtype=q.dtype, device="cuda")
     return attention_decode.decode(
         q, cache.k, cache.v, cache.table, cache.rows, cache.seq_lens, out, launch,
-        scale=q.shape[-1] ** -0.5, window=window, arrivals=arrivals, pdl=pdl,
+        scale=dim**-0.5, window=window, order=order, arrivals=arrivals, new=new, pdl=pdl,
     )  # fmt: skip
 
 
@@ -69,6 +81,45 @@ def test_decode(heads: int, kv_heads: int, dim: int, dtype: torch.dtype, window:
         for splits in (1, 2, 64):
             for pdl in (False, True):
                 check(decode(q, cache, DecodeConfig(64, 4, 3, splits, False), window, arrivals, pdl=pdl), truth)
+    assert not arrivals.any()
+
+
+@pytest.mark.parametrize("norms", [False, True])
+@pytest.mark.parametrize(("heads", "kv_heads", "dim", "dtype", "window"), [*SHAPES, (16, 1, 64, BF16, None)])
+def test_decode_of_the_qkv_product(
+    heads: int, kv_heads: int, dim: int, dtype: torch.dtype, window: int | None, norms: bool
+) -> None:
+    """As one after another, but for sums in another order; the last two rows are padding.
+
+    New places are NaN before each launch, so whoever reads one before it is written shows.
+    """
+    lens = [1, 16, 129, 777, 1500, 333, 1024, 1, 1]
+    cache = paged(lens, kv_heads, dim, dtype=dtype, device="cuda", window=window, heads_first=not norms)
+    cache.table[cache.rows[-2:]] = 0
+    slots = newest(cache)
+    qkv = torch.randn(len(lens), (heads + 2 * kv_heads) * dim, device="cuda").to(dtype)
+    qkv[-1] = qkv[-2]
+    width = dim if norms else dim // 2
+    turn = rotation(cache.seq_lens.long() - 1, torch.rand(width // 2, device="cuda"), 1.0)
+    weights = (torch.rand(2, dim, device="cuda") + 0.5).to(dtype)
+    new = NewTokens(slots, turn, (weights[0], weights[1], 1e-6) if norms else None)
+    arrivals = torch.zeros(256, dtype=torch.int32, device="cuda")
+    order = torch.argsort(cache.seq_lens, descending=True).to(torch.int32)
+    at = (slots // 16, slots % 16)
+    q = rope_norm_write_kv(qkv, heads, turn, new.norms, cache.k, cache.v, slots)
+    k, v = cache.k[at].clone(), cache.v[at].clone()
+    chosen = attention_decode.config(len(lens), kv_heads, heads // kv_heads, dim, 1500)
+    launches = [replace(chosen, splits=splits) for splits in (1, 2, 8, 64)] + [DecodeConfig(64, 4, 3, 8, False)]
+    truths = [decode(q, cache, launch, window, arrivals).double() for launch in launches]
+    for turns in range(5):
+        for launch, truth in zip(launches, truths, strict=True):
+            cache.k[at] = cache.v[at] = float("nan")
+            found = decode(
+                qkv, cache, launch, window, arrivals, order=order if turns else None, heads=heads, new=new
+            )  # fmt: skip
+            check(found, truth)
+            torch.testing.assert_close(cache.k[at], k, rtol=2**-7, atol=1e-5)
+            assert torch.equal(cache.v[at], v)
     assert not arrivals.any()
 
 
@@ -182,9 +233,32 @@ def test_backend_runs_mixed_steps(window: int | None, whole_tables: bool) -> Non
     assert meta.prefill is not None
     own = window is None and torch.cuda.get_device_capability()[0] == 9
     assert (meta.prefill.launch is None) == own
-    check(backend.run(q, batch.kv[0], meta, spec), truth)
+    qkv, turn = unwritten(q, batch.kv[0], batch.slots[0])
+    check(backend.attend(qkv, batch.kv[0], meta, spec, turn, None), truth)
     with without_pdl():
-        check(backend.run(q, batch.kv[0], meta, spec), truth)
+        check(backend.attend(qkv, batch.kv[0], meta, spec, turn, None), truth)
+
+
+@pytest.mark.parametrize("rows", [1, 7, 200])
+def test_backend_replays_steps_of_one_token_a_row(rows: int) -> None:
+    lens = torch.randint(1, 900, (rows,), generator=torch.Generator().manual_seed(rows)).tolist()
+    cache = paged(lens, 2, 128, dtype=BF16, device="cuda")
+    group, spec = KVGroup(0, (0,), None), AttnSpec(8, 2, 128, 128**-0.5, None, 16)
+    q = torch.randn(rows, 8, 128, device="cuda").to(BF16)
+    truth = expected(q, cache, [1] * rows, spec.scale).flatten(1)
+    backend = CudaAttention(reference, (spec,), torch.device("cuda"), BF16)
+    batch = batch_of(cache, [1] * rows, lens, True)
+    slots, kv = batch.slots[0], batch.kv[0]
+    qkv, turn = unwritten(q, kv, slots)
+    check(backend.attend(qkv, kv, backend.plan(batch, group), spec, turn, None), truth)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = backend.attend(qkv, kv, backend.plan(batch, group), spec, turn, None)
+    for _ in range(10):
+        kv.k[slots // 16, slots % 16] = kv.v[slots // 16, slots % 16] = float("nan")
+        out.fill_(float("nan"))
+        graph.replay()
+        check(out, truth)
 
 
 def batch_of(cache: Paged, queries: list[int], lens: list[int], whole_tables: bool) -> Batch:
@@ -197,7 +271,7 @@ def batch_of(cache: Paged, queries: list[int], lens: list[int], whole_tables: bo
         row_of=tokens,
         q_start=starts,
         seq_lens=cache.seq_lens,
-        slots=(tokens,),
+        slots=(newest(cache, queries),),
         tables=(cache.table[cache.rows],),
         logits_at=tokens,
         num_decode=queries.count(1),

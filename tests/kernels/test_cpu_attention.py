@@ -11,13 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from octavo.attention import AttnSpec, Batch, KVCache
+from octavo.attention import AttentionBackend, AttnSpec, Batch, KVCache
 from octavo.attention.cpu import CpuAttention
 from octavo.attention.cpu import Meta as CpuMeta
 from octavo.attention.reference import ReferenceAttention
 from octavo.config.kv import KVGroup
 from octavo.kernels import reference
 from octavo.kernels.cpu import build
+from tests.support.qkv import unwritten
 
 pytestmark = [
     pytest.mark.usefixtures("poison"),
@@ -48,13 +49,15 @@ def make(
                 v[table[row, i], p % block] = torch.randn(kv_heads, dim, generator=generator)
     starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
     tokens = int(counts.sum())
+    new = [(row, p) for row, (count, past) in enumerate(rows) for p in range(past, past + count)]
+    slots = torch.tensor([int(table[row, p // block]) * block + p % block for row, p in new])
     batch = Batch(
         tokens=torch.zeros(tokens, dtype=torch.int64),
         positions=torch.cat([torch.arange(b, b + c) for c, b in rows]),
         row_of=torch.from_numpy(np.repeat(np.arange(len(rows)), counts)),
         q_start=torch.from_numpy(starts),
         seq_lens=torch.from_numpy(lens),
-        slots=(torch.zeros(tokens, dtype=torch.int64),),
+        slots=(slots,),
         tables=(table,),
         logits_at=torch.from_numpy(starts[1:].astype(np.int64) - 1),
         num_decode=int((counts == 1).sum()),
@@ -68,15 +71,18 @@ def make(
     return batch, AttnSpec(heads, kv_heads, dim, 0.3, window, block), KVGroup(0, (0,), window), q
 
 
-def check(batch: Batch, spec: AttnSpec, group: KVGroup, q: Tensor) -> None:
+def attend(backend: AttentionBackend, batch: Batch, spec: AttnSpec, group: KVGroup, q: Tensor) -> Tensor:
     cache = batch.kv[0]
-    exact = ReferenceAttention(reference)
-    wide = KVCache(cache.k.double(), cache.v.double())
-    expected = exact.run(q.double(), wide, exact.plan(replace(batch, kv=(wide,)), group), spec)
+    qkv, rotation = unwritten(q, cache, batch.slots[0])
+    return backend.attend(qkv, cache, backend.plan(batch, group), spec, rotation, None)
+
+
+def check(batch: Batch, spec: AttnSpec, group: KVGroup, q: Tensor) -> None:
+    wide = KVCache(batch.kv[0].k.double(), batch.kv[0].v.double())
+    expected = attend(ReferenceAttention(reference), replace(batch, kv=(wide,)), spec, group, q.double())
     backend = CpuAttention(reference, (spec,))
-    meta = backend.plan(batch, group)
-    assert isinstance(meta, CpuMeta)
-    found = backend.run(q, cache, meta, spec)
+    assert isinstance(backend.plan(batch, group), CpuMeta)
+    found = attend(backend, batch, spec, group, q)
     assert found.dtype == q.dtype
     torch.testing.assert_close(found.double(), expected, rtol=0, atol=TOLERANCE[q.dtype])
 
@@ -133,17 +139,17 @@ def test_the_rows_own_tables_may_stand_in_for_gathered_ones() -> None:
     whole = torch.full((5, batch.tables[0].shape[1]), 10**6, dtype=torch.int32)
     whole[lines] = batch.tables[0]
     backend = CpuAttention(reference, (spec,))
-    expected = backend.run(q, batch.kv[0], backend.plan(batch, group), spec)
+    expected = attend(backend, batch, spec, group, q)
     moved = replace(batch, tables=(), rows=lines, row_tables=(whole,))
-    assert torch.equal(backend.run(q, batch.kv[0], backend.plan(moved, group), spec), expected)
+    assert torch.equal(attend(backend, moved, spec, group, q), expected)
 
 
 def test_a_row_of_no_length_gives_zeros_and_a_row_does_not_see_its_neighbours() -> None:
     batch, spec, group, q = make([(1, 9), (1, 600)], 4, 2, 16, 4, None, torch.float32)
     backend = CpuAttention(reference, (spec,))
-    both = backend.run(q, batch.kv[0], backend.plan(batch, group), spec)
+    both = attend(backend, batch, spec, group, q)
     empty = replace(batch, seq_lens=torch.tensor([0, 601], dtype=torch.int32))
-    found = backend.run(q, batch.kv[0], backend.plan(empty, group), spec)
+    found = attend(backend, empty, spec, group, q)
     assert not found[0].any()
     assert torch.equal(found[1], both[1])
 
@@ -154,5 +160,5 @@ def test_other_types_go_to_the_reference(dtype: torch.dtype) -> None:
     cache = KVCache(batch.kv[0].k.to(dtype), batch.kv[0].v.to(dtype))
     batch = replace(batch, kv=(cache,))
     fast, exact = CpuAttention(reference, (spec,)), ReferenceAttention(reference)
-    expected = exact.run(q.to(dtype), cache, exact.plan(batch, group), spec)
-    assert torch.equal(fast.run(q.to(dtype), cache, fast.plan(batch, group), spec), expected)
+    expected = attend(exact, batch, spec, group, q.to(dtype))
+    assert torch.equal(attend(fast, batch, spec, group, q.to(dtype)), expected)

@@ -28,8 +28,8 @@ def target(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
     """Compiles for it; `linear` and `rows` use that."""
     if request.param == "haswell" and not HASWELL:
         pytest.skip("this processor has no AVX2")
-    kernels = quant_linear.Kernels(build.library(quant_linear.SOURCES, TARGETS[request.param]))
-    monkeypatch.setattr(quant_linear, "_kernels", lambda format: kernels)
+    kernels = quant_linear.Kernels(TARGETS[request.param])
+    monkeypatch.setattr(quant_linear, "_kernels", lambda: kernels)
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield request.param

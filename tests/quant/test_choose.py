@@ -15,6 +15,7 @@ F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 @pytest.fixture
 def compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quant_linear, "available", lambda: None)
+    monkeypatch.setattr(quant_linear, "multiplies", lambda format: True)
 
 
 @pytest.fixture
@@ -50,6 +51,14 @@ def test_without_a_compiler() -> None:
     for quantization in ("native", "int8"):
         with pytest.raises(ConfigError, match="no C compiler found"):
             name(quantization, "gguf", "cpu", F32)
+
+
+@pytest.mark.usefixtures("compiled")
+def test_int8_is_refused_where_products_of_8_bits_do_not_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quant_linear, "multiplies", lambda format: format is not quant_linear.Format.Q8)
+    assert name("native", "gguf", "cpu", F32) == "GGUF"
+    with pytest.raises(ConfigError, match="use none"):
+        name("int8", "safetensors", "cpu", F32)
 
 
 @pytest.mark.usefixtures("compiled")

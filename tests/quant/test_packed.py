@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from torch import Tensor
 from octavo.attention.reference import ReferenceAttention
 from octavo.core.errors import ConfigError, UnsupportedModel
 from octavo.kernels import load
+from octavo.kernels.compile import BuildError
 from octavo.kernels.cpu import quant_linear
 from octavo.layers import Build, Embedding, Linear
 from octavo.parallel import Column, Comm, Heads, Layout, Replicated, Row, Single
@@ -127,6 +129,52 @@ def test_a_fused_linear_of_several_formats(types: tuple[str, ...], held: list[st
     layer.finish()
     assert [name for name in layer.tensors() if name != "bias"] == held
     check(layer, exact(5, 256), torch.cat([values(part) for part in parts.values()]), bias)
+
+
+@pytest.fixture
+def without_q4_min(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Of all kernels those of Q4_1 and Q4_K do not compile."""
+    compiled = quant_linear.Kernels.product
+
+    def product(self: quant_linear.Kernels, format: quant_linear.Format) -> int:
+        if format is quant_linear.Format.Q4_MIN:
+            raise BuildError("cc failed on quant_formats.c: no such instruction")
+        return compiled(self, format)
+
+    monkeypatch.setattr(quant_linear.Kernels, "product", product)
+    quant_linear.multiplies.cache_clear()
+    yield
+    quant_linear.multiplies.cache_clear()
+
+
+@pytest.mark.usefixtures("without_q4_min")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_format_that_does_not_compile_is_expanded_and_the_log_says_so(
+    dtype: torch.dtype, caplog: pytest.LogCaptureFixture
+) -> None:
+    parts = {"q": blocks("Q4_1", 32, 256, 1), "k": blocks("Q8_0", 16, 256, 2), "v": blocks("Q4_K", 16, 256, 3)}
+    with caplog.at_level(logging.WARNING, "octavo"):
+        layer = loaded(Linear(256, Heads(2, 1, 16), build(GGUF(), dtype=dtype)), parts)
+    assert [tensor.dtype for tensor in layer.tensors().values()] == [dtype, torch.uint8, dtype]
+    assert [record.message for record in caplog.records] == [
+        "no kernels for Q4_MIN weights, they are expanded to floats: cc failed on quant_formats.c: no such instruction"
+    ]
+    x, weight = exact(5, 256), torch.cat([values(part) for part in parts.values()])
+    if dtype == torch.float32:
+        check(layer, x, weight)
+    else:
+        y = layer(x.to(dtype)).double()
+        assert (y - x.double() @ weight.double().T).norm() < 0.01 * y.norm()
+
+
+@pytest.mark.usefixtures("without_q4_min")
+def test_an_embedding_whose_format_does_not_compile() -> None:
+    stored = blocks("Q4_1", 40, 64)
+    embedding = Embedding(40, 64, build(GGUF()))
+    for load_ in embedding.slots().values():
+        load_(stored)
+    embedding.finish()
+    torch.testing.assert_close(embedding(torch.tensor([3, 39, 0])), values(stored)[[3, 39, 0]])
 
 
 def test_parts_that_end_within_a_panel_stay_apart() -> None:

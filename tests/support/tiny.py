@@ -50,9 +50,13 @@ def tiny_model(kind: str, **shape: int) -> PreTrainedModel:
 def write_tiny(kind: str, folder: Path, **shape: int) -> PreTrainedModel:
     """Writes config.json and weights; returns the transformers model. `shape` changes fields of SHAPE."""
     model = tiny_model(kind, **shape)
+    save(model, folder)
+    return model
+
+
+def save(model: PreTrainedModel, folder: Path) -> None:
     model.config.save_pretrained(folder)
     save_file({name: t.contiguous() for name, t in model.state_dict().items()}, folder / "model.safetensors")
-    return model
 
 
 def tiny_config(folder: Path, **changes: Any) -> EngineConfig:

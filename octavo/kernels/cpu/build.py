@@ -13,9 +13,29 @@ from collections.abc import Sequence
 
 import torch  # noqa: F401  before any library here, so that both use one OpenMP runtime
 
-from octavo.kernels.compile import FLOAT, NATIVE, QUANT, BuildError, compile_soon, compiled, for_formats, identity
+from octavo.kernels.compile import (
+    FLOAT,
+    FORMATS,
+    NATIVE,
+    QUANT,
+    BuildError,
+    compile_soon,
+    compiled,
+    for_format,
+    identity,
+)
 
-__all__ = ["FLOAT", "NATIVE", "QUANT", "BuildError", "available", "compile_soon", "for_formats", "library"]
+__all__ = [
+    "FLOAT",
+    "FORMATS",
+    "NATIVE",
+    "QUANT",
+    "BuildError",
+    "available",
+    "compile_soon",
+    "for_format",
+    "library",
+]
 
 logger = logging.getLogger("octavo")
 

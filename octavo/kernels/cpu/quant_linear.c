@@ -1,14 +1,5 @@
 /* Products with quantized weights: y = x W^T + bias, where W stays packed and x becomes integers on the way in.
-
-   A matrix [out, in] is stored in panels of 16 rows, a panel in blocks of 32 columns:
-     codes       4 bits: 256 bytes; vector i (64 bytes: 16 rows of 4 columns) has columns 4i.. in its low nibbles and
-                 16 + 4i.. in its high ones
-                 6 bits: the same for the low 4 bits, then 128 bytes: byte j of half h has the high 2 bits of the bytes j
-                 of vectors 0..3 of columns 16h.., lowest first
-                 8 bits: 512 bytes, vector i has columns 4i..
-     scales      16 float16 of the rows; with groups of 16, those of columns 0..15, then 16..31
-     minima      16 float16, in formats that have them
-   A weight is scale * (code - zero), or scale * code + minimum. The last panel is padded with zeros.
+   quant_layout.h says how both lie in memory.
 
    Each block of 32 activations of a row becomes d * (q + r / 128), d = max |x| / 127, q and r integers of 8 bits, so that
    the product of a block is exact integer arithmetic, scaled once: d * scale * (sum(code * q) - zero * sum(q)) + minimum *
@@ -22,14 +13,9 @@
 #include <stdbool.h>
 #include <stdlib.h>
 
-#include "quant_simd.h"
-#include "team.h"
+#include "quant_layout.h"
 
-#define COLUMNS 32
-#define PANEL 16
 #define OUTLIER 14
-#define AHEAD 1024   /* bytes of weights that are prefetched */
-#define ROW_BLOCK 64 /* rows of x that share a pass over a panel, which stays in the cache */
 
 enum { FLOAT32, BFLOAT16 };
 
@@ -41,12 +27,6 @@ static const struct format formats[] = {
     {4, 32, 8, 0}, {4, 32, 0, 1}, {6, 32, 16, 0}, {6, 32, 0, 1}, {6, 16, 32, 0}, {8, 32, 128, 0},
 };
 
-struct record { /* of a block of a row of x: d, d * sum(q), and zero * sum(q) over all columns and over the first 16 */
-    float d, sum;
-    int32_t zeros, low_zeros;
-    int8_t q[]; /* 32; where WIDE_X those of codes of 8 bits are int16: 128 * q + r */
-};
-
 struct product { /* everything of floats is of `type`; mirrored in quant_linear.py */
     const void *x; /* contiguous, as residual and stream are */
     const uint8_t *weight;
@@ -54,14 +34,11 @@ struct product { /* everything of floats is of `type`; mirrored in quant_linear.
     void *out;                   /* rows `stride` elements apart */
     const void *norm, *residual; /* or NULL: RMSNorm's weight; what is added before it */
     void *stream;                /* takes x + residual */
+    panel_function *multiply;    /* the format's, of quant_formats.c */
     int64_t type, rows, columns, format, outs, stride;
     float eps;
     int32_t gated; /* silu(first half of the outputs) * the second half; the halves end with a panel */
 };
-
-INLINE long block_bytes(const int bits, const int group, const int has_min) {
-    return 64 * bits + PANEL * 2 * (COLUMNS / group + has_min);
-}
 
 INLINE float load_value(const void *p, const long type, long i) {
     if (type == BFLOAT16) return from_bits((uint32_t)((const uint16_t *)p)[i] << 16);
@@ -90,18 +67,6 @@ static void store_values(void *p, long type, long i, long count, const float *fr
         for (long j = 0; j < count; j++) store_value(p, BFLOAT16, i + j, from[j]);
     else
         memcpy((float *)p + i, from, (size_t)count * sizeof *from);
-}
-
-/* x as the products take it. Of each ROW_BLOCK rows and 32 columns: `planes` times `rows` records, q and then r (none where
-   WIDE_X), and ROW_BLOCK flags, whether r counts. */
-struct activations {
-    char *records;
-    uint8_t *flags;
-    long blocks, rows, width, planes, size; /* of a record */
-};
-
-INLINE struct record *record_of(const struct activations *x, long block, long plane, long row) {
-    return (struct record *)(x->records + ((block * x->planes + plane) * x->rows + row) * x->size);
 }
 
 INLINE void fill(struct record *record, float d, const int16_t *q, long width, int zero) {
@@ -149,174 +114,6 @@ static void quantize(const float *values, const struct activations *x, long row,
     x->flags[block * ROW_BLOCK + of] = counts;
 }
 
-INLINE codes fetch(const int bits, const uint8_t *block, const int quad, const int v) {
-    const int at = v * 4 * LANES;
-    if (bits == 8) return load_codes(block + 64 * quad + at);
-    const codes both = load_codes(block + 64 * (quad & 3) + at);
-    const codes low = quad < 4 ? low_nibbles(both) : high_nibbles(both);
-    return bits == 4 ? low : add_high(low, load_codes(block + 256 + 64 * (quad >> 2) + at), quad & 3);
-}
-
-struct numbers { /* of a block of weights, as floats */
-    float scales[2][PANEL], minima[PANEL];
-} __attribute__((aligned(64)));
-
-INLINE void widen_numbers(const int bits, const int group, const int has_min, const uint8_t *block, struct numbers *to) {
-    const uint8_t *at = block + 64 * bits;
-    UNROLL for (int v = 0; v < VECS; v++) {
-        store_floats(to->scales[0] + v * LANES, load_halves(at + 2 * v * LANES));
-        if (group == 16) store_floats(to->scales[1] + v * LANES, load_halves(at + 2 * (PANEL + v * LANES)));
-        if (has_min) store_floats(to->minima + v * LANES, load_halves(at + 2 * (PANEL + v * LANES)));
-    }
-}
-
-/* The record `m` places on. */
-INLINE const struct record *after(const int bits, const struct record *x, const long m) {
-    const long size = (long)sizeof *x + COLUMNS * (bits == 8 && WIDE_X ? 2 : 1);
-    return (const struct record *)((const char *)x + m * size);
-}
-
-/* total[m] += a block times the record x + m, for each of `rows`. */
-INLINE void multiply(const int bits, const int group, const int has_min, const int rows, const uint8_t *block,
-                     const struct numbers *numbers, const struct record *x, floats total[][VECS]) {
-    const int width = bits == 8 && WIDE_X ? 2 : 1, quads = group / 4, signed_codes = bits == 8 && SIGNED_BYTES;
-    sums part[MAX_ROWS][VECS];
-    ints whole[MAX_ROWS][VECS];
-    UNROLL for (int m = 0; m < rows; m++) UNROLL for (int v = 0; v < VECS; v++)
-        part[m][v] = no_sums(), whole[m][v] = all_ints(0);
-    UNROLL for (int quad = 0; quad < COLUMNS / 4; quad++) {
-        codes w[VECS];
-        UNROLL for (int v = 0; v < VECS; v++) w[v] = fetch(bits, block, quad, v);
-        UNROLL for (int m = 0; m < rows; m++) UNROLL for (int v = 0; v < VECS; v++)
-            part[m][v] = dot(bits, part[m][v], w[v], after(bits, x, m)->q + 4 * quad * width);
-        const int last = quad % quads == quads - 1;
-        if (last || quad % run(bits) == run(bits) - 1)
-            UNROLL for (int m = 0; m < rows; m++) UNROLL for (int v = 0; v < VECS; v++) {
-                whole[m][v] = add_ints(whole[m][v], widen(bits, part[m][v]));
-                part[m][v] = no_sums();
-            }
-        if (!last) continue;
-        UNROLL for (int m = 0; m < rows; m++) UNROLL for (int v = 0; v < VECS; v++) {
-            if (!has_min && !signed_codes) {
-                ints zeros = all_ints(group == 32 ? after(bits, x, m)->zeros : after(bits, x, m)->low_zeros);
-                if (quad >= quads) zeros = sub_ints(all_ints(after(bits, x, m)->zeros), zeros);
-                whole[m][v] = sub_ints(whole[m][v], zeros);
-            }
-            const floats scale = load_floats(numbers->scales[quad / quads] + v * LANES);
-            total[m][v] = multiply_add(multiply_floats(scale, all_floats(after(bits, x, m)->d)), to_floats(whole[m][v]), total[m][v]);
-            whole[m][v] = all_ints(0);
-            if (has_min)
-                total[m][v] = multiply_add(load_floats(numbers->minima + v * LANES), all_floats(after(bits, x, m)->sum), total[m][v]);
-        }
-    }
-}
-
-typedef void block_function(const uint8_t *, const struct numbers *, const struct record *, float *);
-
-/* to[m] += a block times the record x + m, 16 floats each. A function for each number of rows: in one function the compiler
-   would share work between them and run out of registers. */
-#define BLOCK(name, bits, group, has_min, rows)                                                                       \
-    static __attribute__((noinline)) void name##_##rows(const uint8_t *block, const struct numbers *numbers,         \
-                                                        const struct record *x, float *to) {                          \
-        floats total[rows][VECS];                                                                                     \
-        UNROLL for (int m = 0; m < rows; m++) UNROLL for (int v = 0; v < VECS; v++)                                   \
-            total[m][v] = load_floats(to + PANEL * m + v * LANES);                                                    \
-        multiply(bits, group, has_min, rows, block, numbers, x, total);                                               \
-        UNROLL for (int m = 0; m < rows; m++) UNROLL for (int v = 0; v < VECS; v++)                                   \
-            store_floats(to + PANEL * m + v * LANES, total[m][v]);                                                    \
-    }
-
-/* to [count, 16] = a panel times `count` rows of x from the first of a ROW_BLOCK on; in each block, rows of which r counts
-   come again. */
-INLINE void multiply_rows(const int bits, const int group, const int has_min, block_function *const of[], const uint8_t *block,
-                          const struct activations *x, long row_block, long count, float *to) {
-    memset(to, 0, (size_t)count * PANEL * sizeof *to);
-    for (long b = 0; b < x->blocks; b++, block += block_bytes(bits, group, has_min)) {
-        const long from = row_block * x->blocks + b;
-        const struct record *first = record_of(x, from, 0, 0);
-        struct numbers numbers;
-        for (int i = 0; i < block_bytes(bits, group, has_min); i += 64) __builtin_prefetch(block + AHEAD + i);
-        widen_numbers(bits, group, has_min, block, &numbers);
-        for (long m = 0; m < count;) {
-            const long left = count - m, size = left == 8 ? 2 : left >= 6 ? 3 : left >= 4 ? 2 : left >= 2;
-            of[size](block, &numbers, after(bits, first, m), to + PANEL * m);
-            m += size == 3 ? 6 : 1 << size;
-        }
-        if (x->planes == 1) continue;
-        for (long m = 0; m < count; m += 8) {
-            uint64_t any;
-            memcpy(&any, x->flags + from * ROW_BLOCK + m, sizeof any);
-            for (long i = m; any && i < count && i < m + 8; i++)
-                if (x->flags[from * ROW_BLOCK + i]) of[0](block, &numbers, record_of(x, from, 1, i), to + PANEL * i);
-        }
-    }
-}
-
-/* multiply_rows for one row, the same result. */
-INLINE void multiply_row(const int bits, const int group, const int has_min, const uint8_t *block, const struct activations *x,
-                         float *to) {
-    floats total[1][VECS];
-    UNROLL for (int v = 0; v < VECS; v++) total[0][v] = all_floats(0);
-    for (long b = 0; b < x->blocks; b++, block += block_bytes(bits, group, has_min)) {
-        struct numbers numbers;
-        for (int i = 0; i < block_bytes(bits, group, has_min); i += 64) __builtin_prefetch(block + AHEAD + i);
-        widen_numbers(bits, group, has_min, block, &numbers);
-        multiply(bits, group, has_min, 1, block, &numbers, record_of(x, b, 0, 0), total);
-        if (x->planes > 1 && x->flags[b * ROW_BLOCK])
-            multiply(bits, group, has_min, 1, block, &numbers, record_of(x, b, 1, 0), total);
-    }
-    UNROLL for (int v = 0; v < VECS; v++) store_floats(to + v * LANES, total[0][v]);
-}
-
-typedef void panel_function(const uint8_t *, const struct activations *, long, long, float *);
-
-#define MULTIPLIES(name, bits, group, has_min)                                                                        \
-    BLOCK(name, bits, group, has_min, 1)                                                                              \
-    BLOCK(name, bits, group, has_min, 2)                                                                              \
-    BLOCK(name, bits, group, has_min, 4)                                                                              \
-    BLOCK(name, bits, group, has_min, 6)                                                                              \
-    static void name(const uint8_t *panel, const struct activations *x, long row_block, long count, float *to) {     \
-        static block_function *const of[] = {name##_1, name##_2, name##_4, name##_6};                                 \
-        if (x->rows == 1) multiply_row(bits, group, has_min, panel, x, to);                                           \
-        else multiply_rows(bits, group, has_min, of, panel, x, row_block, count, to);                                 \
-    }
-/* A library may have the products of some formats only: bit i of FORMATS stands for formats[i]. */
-#ifndef FORMATS
-#define FORMATS 63
-#endif
-#if FORMATS >> 0 & 1
-MULTIPLIES(q4, 4, 32, 0)
-#else
-#define q4 NULL
-#endif
-#if FORMATS >> 1 & 1
-MULTIPLIES(q4_min, 4, 32, 1)
-#else
-#define q4_min NULL
-#endif
-#if FORMATS >> 2 & 1
-MULTIPLIES(q6, 6, 32, 0)
-#else
-#define q6 NULL
-#endif
-#if FORMATS >> 3 & 1
-MULTIPLIES(q6_min, 6, 32, 1)
-#else
-#define q6_min NULL
-#endif
-#if FORMATS >> 4 & 1
-MULTIPLIES(q6_16, 6, 16, 0)
-#else
-#define q6_16 NULL
-#endif
-#if FORMATS >> 5 & 1
-MULTIPLIES(q8, 8, 32, 0)
-#else
-#define q8 NULL
-#endif
-
-static panel_function *const multiplies[] = {q4, q4_min, q6, q6_min, q6_16, q8};
-
 /* exp(x) = 2^n e^r, |r| <= ln 2 / 2, the latter by a polynomial: within 2 units in the last place from -87 to 88. */
 INLINE float exponential(float x) {
     x = x < -87 ? -87 : x > 88 ? 88 : x;
@@ -347,8 +144,8 @@ static void multiply_panel(const struct product *p, const struct activations *x,
     const long bytes = x->blocks * block_bytes(f.bits, f.group, f.has_min);
     const uint8_t *weight = p->weight + panel * bytes, *up = weight + p->outs / 2 / PANEL * bytes;
     float sums[ROW_BLOCK * PANEL] __attribute__((aligned(64))), ups[ROW_BLOCK * PANEL] __attribute__((aligned(64)));
-    multiplies[p->format](weight, x, row_block, count, sums);
-    if (p->gated) multiplies[p->format](up, x, row_block, count, ups);
+    p->multiply(weight, x, row_block, count, sums);
+    if (p->gated) p->multiply(up, x, row_block, count, ups);
     for (long m = 0; m < count; m++) finish(p, first + m, panel * PANEL, sums + PANEL * m, ups + PANEL * m);
 }
 

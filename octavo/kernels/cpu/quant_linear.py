@@ -1,6 +1,6 @@
 """Matrices of 4, 6 or 8-bit codes with scales per group: how they are packed for the kernel, and products with them.
 
-Owns the packed format together with quant_linear.c, which describes it. Does not know file formats.
+Owns the packed format together with quant_layout.h, which describes it. Does not know file formats.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from octavo.kernels.cpu import build, native
 
 logger = logging.getLogger("octavo")
 
-SOURCES = build.QUANT
 COLUMNS = 32
 """Columns of a block: activations are quantized by as many, and a matrix has a multiple of them."""
 PANEL = 16
@@ -65,7 +64,7 @@ class Product(ctypes.Structure):
     """`struct product` of quant_linear.c."""
 
     _fields_ = native.members(
-        "x weight bias out norm residual stream", "type rows columns format outs stride", "eps", "gated"
+        "x weight bias out norm residual stream multiply", "type rows columns format outs stride", "eps", "gated"
     )
 
 
@@ -76,12 +75,23 @@ class Gather(ctypes.Structure):
 
 
 class Kernels:
-    """Those of a library made of SOURCES."""
+    """Those for a target, which the flags name. Raises build.BuildError where not all formats' share compiles."""
 
-    def __init__(self, library: ctypes.CDLL) -> None:
+    def __init__(self, flags: tuple[str, ...] = build.NATIVE) -> None:
+        self._flags = flags
+        self._products: dict[Format, int] = {}
+        library = build.library(build.QUANT, flags)
         self.linear = native.address(library, "octavo_quant_linear")
         self.rows = native.address(library, "octavo_quant_rows")
         self.wide = bool(library.octavo_quant_wide())
+
+    def product(self, format: Format) -> int:
+        """The format's own. Raises build.BuildError where that does not compile."""
+        if format not in self._products:
+            library = build.library(build.FORMATS, build.for_format(format.number, self._flags))
+            library.octavo_quant_product.restype = ctypes.c_void_p
+            self._products[format] = library.octavo_quant_product(format.number)
+        return self._products[format]
 
 
 def pack(format: Format, codes: Tensor, scales: Tensor, minima: Tensor | None) -> Packed:
@@ -191,6 +201,7 @@ def _linear(
     rows, columns = x.shape
     assert columns == weight.columns
     x = x.contiguous()
+    kernels = _kernels()
     product = Product(
         x.data_ptr(),
         weight.data.data_ptr(),
@@ -199,6 +210,7 @@ def _linear(
         None if norm is None else norm[0].data_ptr(),
         None if residual is None else residual.data_ptr(),
         None if stream is None else stream.data_ptr(),
+        kernels.product(weight.format),
         DTYPES.index(x.dtype),
         rows,
         columns,
@@ -208,7 +220,7 @@ def _linear(
         0.0 if norm is None else norm[1],
         gated,
     )
-    native.run(_kernels(weight.format).linear, product, rows * columns * weight.outs)
+    native.run(kernels.linear, product, rows * columns * weight.outs)
 
 
 def rows(weight: Packed, index: Tensor, dtype: torch.dtype) -> Tensor:
@@ -224,23 +236,23 @@ def rows(weight: Packed, index: Tensor, dtype: torch.dtype) -> Tensor:
         index.shape[0],
         DTYPES.index(dtype),
     )
-    native.run(_kernels(weight.format).rows, gather, 8 * out.numel())
+    native.run(_kernels().rows, gather, 8 * out.numel())
     return out
 
 
 def fine(format: Format) -> bool:
     """Whether products with codes of this format take all activations as 15-bit integers, for lack of faster ones."""
-    return format.bits == 8 and _kernels(format).wide
+    return format.bits == 8 and _kernels().wide
 
 
 @functools.cache
 def available() -> str | None:
     """None if the kernels can run here, otherwise the reason why not, which is also logged once.
 
-    One format stands for all: their libraries are made of the same sources.
+    A format's own may be missing nevertheless: see `multiplies`.
     """
     try:
-        _kernels(Format.Q8)
+        _kernels()
     except build.BuildError as error:
         logger.warning("kernels for quantized weights are off, weights are expanded to floats: %s", error)
         return str(error)
@@ -248,14 +260,19 @@ def available() -> str | None:
 
 
 @functools.cache
-def _kernels(format: Format) -> Kernels:
-    return Kernels(build.library(SOURCES, _flags(format)))
+def multiplies(format: Format) -> bool:
+    """Whether `linear` takes the format here; waits for its kernels. If not, the log says why, once."""
+    try:
+        _kernels().product(format)
+    except build.BuildError as error:
+        logger.warning("no kernels for %s weights, they are expanded to floats: %s", format.name, error)
+        return False
+    return True
+
+
+_kernels = functools.cache(Kernels)
 
 
 def compile_soon(format: Format) -> None:
-    """Starts compiling the format's kernels, which its first product waits for."""
-    build.compile_soon((SOURCES, _flags(format)))
-
-
-def _flags(format: Format) -> tuple[str, ...]:
-    return build.for_formats(1 << format.number)
+    """Starts compiling the format's kernels."""
+    build.compile_soon((build.FORMATS, build.for_format(format.number)))

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from octavo.kernels.cuda.activation import embedding, silu_mul
 from octavo.kernels.cuda.batch import apply_diffs, commit_tokens, prepare_decode
-from octavo.kernels.cuda.linear import linear, norm_linear
+from octavo.kernels.cuda.linear import add_linear, linear, norm_linear
 from octavo.kernels.cuda.logprobs import log_softmax, top_logprobs
 from octavo.kernels.cuda.norm import add_rms_norm, rms_norm
 from octavo.kernels.cuda.rope import rope_norm_write_kv, rotation
@@ -20,6 +20,7 @@ from octavo.kernels.cuda.sampling import sample, sample_rows
 from octavo.kernels.reference import apply_masks, apply_penalties, slots, verify
 
 __all__ = [
+    "add_linear",
     "add_rms_norm",
     "apply_diffs",
     "apply_masks",

@@ -1,8 +1,9 @@
-"""Matrix products for the engine's shapes: own kernels for few rows, cuBLAS for many; norm and SwiGLU fused where free.
+"""Matrix products for the engine's shapes: own kernels where they win, else cuBLAS; norm and SwiGLU fused where free.
 
-`linear` overrides the reference's; `norm_linear` is a product behind the residual stream's RMSNorm. Owns no weights and
-picks launches by `linear_config`. Shapes, dtypes and devices that the kernels do not cover go to the plain composition.
-All work is on the current stream; the split products of two streams must not run at the same time (shared counters).
+`linear` overrides the reference's; `norm_linear` is a product behind the residual stream's RMSNorm, `add_linear` one
+that adds to the stream. Owns no weights and picks launches by `linear_config`, on Hopper for many rows by
+`linear_hopper`. Shapes, dtypes and devices that the kernels do not cover go to the plain composition. All work is on
+the current stream; the split products of two streams must not run at the same time (shared counters).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from octavo.kernels.cuda.activation import silu_mul
 from octavo.kernels.cuda.launch import INTERPRET, cdiv, pdl
-from octavo.kernels.cuda.linear_config import MATVEC_ROWS, Config, config
+from octavo.kernels.cuda.linear_config import MATVEC_ROWS, SKINNY_ROWS, Config, config
 from octavo.kernels.cuda.linear_matvec import matvec
 from octavo.kernels.cuda.linear_skinny import skinny
 from octavo.kernels.cuda.norm import add_rms_norm, rms_norm
@@ -36,7 +37,15 @@ class Norm(NamedTuple):
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x [T, in], weight [out, in], bias [out] -> [T, out]."""
     chosen = _config(x, weight)
-    return F.linear(x, weight, bias) if chosen is None else product(x, weight, bias, chosen)[0]
+    return _many(x, weight, bias) if chosen is None else product(x, weight, bias, chosen)[0]
+
+
+def add_linear(x: Tensor, weight: Tensor, bias: Tensor | None, stream: Tensor) -> bool:
+    """stream [T, out] += linear(x) in cuBLAS; False, with nothing done, where own kernels multiply."""
+    if bias is not None or x.shape[0] <= SKINNY_ROWS or not x.is_cuda or not stream.is_contiguous():
+        return False
+    stream.addmm_(x, weight.t())
+    return True
 
 
 def norm_linear(
@@ -63,8 +72,19 @@ def norm_linear(
         h, stream = add_rms_norm(x, residual, norm_weight, eps)
     if chosen is not None:
         return product(h, weight, bias, chosen, gated=gated)[0], stream
-    y = F.linear(h, weight, bias)
-    return silu_mul(y) if gated else y, stream
+    return _many(h, weight, bias, gated), stream
+
+
+def _many(x: Tensor, weight: Tensor, bias: Tensor | None, gated: bool = False) -> Tensor:
+    """A product of many rows, and SwiGLU of it if gated: Hopper's own kernel where it is the faster one."""
+    if x.is_cuda and _is_hopper(x.device):
+        from octavo.kernels.cuda import linear_hopper
+
+        chosen = linear_hopper.choose(x.shape[0], *weight.shape, gated)
+        if chosen is not None and linear_hopper.covers(x, weight, bias, gated):
+            return linear_hopper.hopper_linear(x, weight, bias, gated=gated, config=chosen)
+    y = F.linear(x, weight, bias)
+    return silu_mul(y) if gated else y
 
 
 def product(
@@ -150,6 +170,11 @@ def _config(x: Tensor, weight: Tensor) -> Config | None:
     if not (x.is_cuda or INTERPRET) or not (x.is_contiguous() and weight.is_contiguous()):
         return None
     return config(x.shape[0], *weight.shape)
+
+
+@cache
+def _is_hopper(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device)[0] == 9
 
 
 @cache

@@ -40,6 +40,8 @@ _PIECE = 64
 PIECE = gl.constexpr(_PIECE)
 """Columns of x and W that a stage holds."""
 _TYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
+PROCESSORS = 132
+"""Of the GPUs that launches were measured on."""
 _REGISTERS = {1: 128, 2: 168}
 """Groups -> registers a thread of the whole program, which the groups and the copying warp divide among them."""
 
@@ -396,6 +398,28 @@ class HopperConfig:
         rows, outputs = self.box(gated)
         operands = self.stages * (self.groups * self.rows + self.columns) * _PIECE
         return 2 * (operands + self.groups * self.buffers * rows * outputs)
+
+
+@cache
+def choose(m: int, n: int, k: int, gated: bool) -> HopperConfig | None:
+    """The launch for m rows and an [n, k] matrix; None where cuBLAS is as fast (tools/gpu/linear_hopper.py).
+
+    SwiGLU saves a pass over the product, so gated ones win everywhere; else matrices as large as a vocabulary do, and
+    many rows with more outputs than inputs. A wide tile's two halves cost 3% less than two narrow tiles, unless they
+    leave more processors idle in the last turn.
+    """
+    vocabulary, small = n >= 1 << 16, n * k < 1 << 24
+    if not (gated or (vocabulary and not 64 < m <= 128) or (m >= 4096 and n > k)):
+        return None
+    if m <= 64:
+        return HopperConfig(True, 1, 64, 64, 12) if small else HopperConfig(True, 2, 128, 64, 4, 1)
+    if small and m <= 256:
+        return HopperConfig(True, 1, 64, 128, 8) if m <= 128 else HopperConfig(True, 2, 64, 128, 6)
+    if m <= 128:
+        return HopperConfig(True, 2, 64, 128, 6)
+    wide, narrow = (HopperConfig(False, 2, 64, columns, stages, band=16) for columns, stages in ((256, 4), (128, 6)))
+    turns = [cdiv(cdiv(m, rows) * cdiv(n, columns), PROCESSORS) for rows, columns in (wide.tile(), narrow.tile())]
+    return wide if 1.94 * turns[0] <= turns[1] else narrow
 
 
 def covers(x: Tensor, weight: Tensor, bias: Tensor | None, gated: bool) -> bool:

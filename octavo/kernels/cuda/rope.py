@@ -1,11 +1,15 @@
 """Rotary positions: the step's cosines and sines, and one kernel from the qkv product to queries and cache.
 
+`attention_decode` does the same to rows of one token by itself, with the device functions here.
+
 With R the rotated width and i < R / 2, pairs (x[i], x[i + R/2]) turn by the angle position * inv_freq[i]
 (arXiv:2104.09864): y = x * cos + swapped(x) * sin, where swapped exchanges the halves and the first half of the sines
 carries the minus. All in float32, rounded once at the end, with the heads' RMSNorm before it where there is one.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton.language as tl
@@ -71,6 +75,66 @@ def rotation(positions: Tensor, inv_freq: Tensor, scale: float) -> tuple[Tensor,
 
 
 @kernel()
+def partner(d: tl.tensor, WIDTH: tl.constexpr) -> tl.tensor:
+    """The dimension that each of d turns with; beyond WIDTH itself."""
+    return tl.where(d < WIDTH, tl.where(d < WIDTH // 2, d + WIDTH // 2, d - WIDTH // 2), d)
+
+
+@kernel()
+def load_norms(
+    q_weight: tl.tensor,
+    k_weight: tl.tensor,
+    is_q: tl.tensor,
+    inside: tl.tensor,
+    WIDTH: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    NORM: tl.constexpr,
+) -> Any:
+    """The norm weights of heads, [heads, BLOCK_D] float32, and those of the partners; () without norms."""
+    weights: tl.tuple = ()
+    if NORM:
+        d = tl.arange(0, BLOCK_D)
+        weight = tl.where(is_q, q_weight, k_weight)[:, None]
+        weights = (
+            tl.load(weight + d[None, :], mask=inside, other=0.0).to(tl.float32),
+            tl.load(weight + partner(d, WIDTH)[None, :], mask=inside, other=0.0).to(tl.float32),
+        )
+    return weights
+
+
+@kernel()
+def load_turned(
+    source: tl.tensor,
+    inside: tl.tensor,
+    norms: tl.tuple,
+    eps: tl.tensor,
+    cos: tl.tensor,
+    sin: tl.tensor,
+    DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    NORM: tl.constexpr,
+) -> Any:
+    """Heads of one token as they are, and normalised and rotated in float32, both [heads, BLOCK_D].
+
+    `source` [heads, 1] points at the heads, `inside` [heads, BLOCK_D] says what to load, `cos` and `sin` point at the
+    token's; `norms` are what `load_norms` returned.
+    """
+    d = tl.arange(0, BLOCK_D)[None, :]
+    turning = inside & (d < WIDTH)
+    plain = tl.load(source + d, mask=inside, other=0.0)
+    swapped = tl.load(source + partner(d, WIDTH), mask=inside, other=0.0).to(tl.float32)
+    c = tl.load(cos + d, mask=turning, other=1.0).to(tl.float32)
+    s = tl.load(sin + d, mask=turning, other=0.0).to(tl.float32)
+    x = plain.to(tl.float32)
+    if NORM:
+        scale = tl.rsqrt(tl.sum(x * x, 1) / DIM + eps)[:, None]
+        x = x * scale * norms[0]
+        swapped = swapped * scale * norms[1]
+    return plain, x * c + swapped * s
+
+
+@kernel()
 def _rope_norm_write_kv(
     qkv: tl.tensor,
     cos: tl.tensor,
@@ -100,31 +164,16 @@ def _rope_norm_write_kv(
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     d = tl.arange(0, BLOCK_D)
-    rotated = d < WIDTH
-    other = tl.where(rotated, tl.where(d < WIDTH // 2, d + WIDTH // 2, d - WIDTH // 2), d)
-    in_dim = d < DIM
     is_q, is_v = head < NUM_HEADS, head >= NUM_HEADS + KV_HEADS
-    inside = (head < NUM_HEADS + 2 * KV_HEADS)[:, None] & in_dim[None, :]
-    if NORM:
-        w_q = tl.load(q_weight + d, mask=in_dim, other=0.0).to(tl.float32)
-        w_k = tl.load(k_weight + d, mask=in_dim, other=0.0).to(tl.float32)
-        w_q_other = tl.load(q_weight + other, mask=in_dim, other=0.0).to(tl.float32)
-        w_k_other = tl.load(k_weight + other, mask=in_dim, other=0.0).to(tl.float32)
+    inside = (head < NUM_HEADS + 2 * KV_HEADS)[:, None] & (d < DIM)[None, :]
+    norms = load_norms(q_weight, k_weight, is_q, inside, WIDTH, BLOCK_D, NORM)
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     slot = tl.load(slots + token).to(tl.int64)
-    c = tl.load(cos + token * WIDTH + d, mask=rotated, other=1.0).to(tl.float32)
-    s = tl.load(sin + token * WIDTH + d, mask=rotated, other=0.0).to(tl.float32)
     source = qkv + token * qkv_stride + head[:, None] * DIM
-    plain = tl.load(source + d[None, :], mask=inside, other=0.0)
-    x = plain.to(tl.float32)
-    swapped = tl.load(source + other[None, :], mask=inside, other=0.0).to(tl.float32)
-    if NORM:
-        scale = tl.rsqrt(tl.sum(x * x, 1) / DIM + eps)[:, None]
-        x = x * scale * tl.where(is_q[:, None], w_q[None, :], w_k[None, :])
-        swapped = swapped * scale * tl.where(is_q[:, None], w_q_other[None, :], w_k_other[None, :])
-    turned = x * c[None, :] + swapped * s[None, :]
+    turn = token * WIDTH
+    plain, turned = load_turned(source, inside, norms, eps, cos + turn, sin + turn, DIM, WIDTH, BLOCK_D, NORM)
     at_q = q + token * (NUM_HEADS * DIM) + head[:, None] * DIM + d[None, :]
     tl.store(at_q, turned.to(q.dtype.element_ty), mask=inside & is_q[:, None])
     place = slot // BLOCK_SIZE * block_stride + slot % BLOCK_SIZE * place_stride
@@ -133,6 +182,12 @@ def _rope_norm_write_kv(
     tl.store(k_cache + at_k, turned.to(k_cache.dtype.element_ty), mask=inside & is_k[:, None])
     at_v = at_k - KV_HEADS * head_stride
     tl.store(v_cache + at_v, plain.to(v_cache.dtype.element_ty), mask=inside & is_v[:, None])
+
+
+def readable(qkv: Tensor, cos: Tensor, k_cache: Tensor, v_cache: Tensor) -> bool:
+    """Whether the kernels can work on these: see `rope_norm_write_kv`."""
+    strides = k_cache.stride() == v_cache.stride() and k_cache.stride(3) == 1 and qkv.stride(1) == 1
+    return strides and supported(qkv, cos, k_cache)
 
 
 def rope_norm_write_kv(
@@ -150,8 +205,7 @@ def rope_norm_write_kv(
     """
     cos, sin = rotation
     block_size, kv_heads, dim = k_cache.shape[1:]
-    readable = k_cache.stride() == v_cache.stride() and k_cache.stride(3) == 1 and qkv.stride(1) == 1
-    if not readable or not supported(qkv, cos, k_cache):
+    if not readable(qkv, cos, k_cache, v_cache):
         return reference.rope_norm_write_kv(qkv, num_heads, rotation, norms, k_cache, v_cache, slots)
     tokens, width = qkv.shape[0], cos.shape[-1]
     q = torch.empty((tokens, num_heads, dim), dtype=qkv.dtype, device=qkv.device)
