@@ -28,7 +28,7 @@ import httpx
 
 from tests.server.test_hostile import CHATS, HOSTILE, chat_body
 from tests.structured.test_grammar import HOSTILE as CONSTRAINTS
-from tests.text.test_sandbox import LARGE_VALUES, LONG_LOOPS
+from tests.text.test_sandbox import LARGE_VALUES, LONG_LOOPS, LONG_TO_COMPILE
 
 ROOT = Path(__file__).parents[1]
 MAX_BYTES, MAX_SECONDS, MAX_GAP = 16_384, 1.0, 0.25
@@ -44,7 +44,7 @@ def bodies() -> Iterator[tuple[str, str, bytes, bool]]:
         yield f"{name}, chat", CHAT, body, True
     for name in CHATS:
         yield name, CHAT, chat_body(name), True
-    for i, source in enumerate([*LONG_LOOPS, *LARGE_VALUES]):
+    for i, source in enumerate([*LONG_LOOPS, *LARGE_VALUES, *LONG_TO_COMPILE]):
         yield f"template {i}", CHAT, json.dumps({"messages": USER, "chat_template": source}).encode(), True
     for i, make in enumerate(CONSTRAINTS):
         wanted = {"prompt": "a", "max_tokens": 1, "structured_outputs": make()}

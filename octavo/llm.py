@@ -113,7 +113,11 @@ class LLM:
         tools: list[dict[str, Any]] | None = None,
         chat_template_kwargs: dict[str, Any] | None = None,
     ) -> list[RequestOutput]:
-        """Answers one conversation or a list of them, rendered with the model's chat template or `chat_template`."""
+        """Answers one conversation or a list of them, rendered with the model's chat template or `chat_template`.
+
+        `tools` are told to the model. Outputs are text as the model writes it, calls and reasoning included:
+        `text.parsing.build_parser` reads them.
+        """
         template = self._template(chat_template)
         single = bool(messages) and isinstance(messages[0], Mapping)
         conversations = cast("Sequence[Sequence[Message]]", [messages] if single else messages)

@@ -78,9 +78,20 @@ NOTES: tuple[str, ...] = (
     "`reasoning` (vLLM's current name) holds what the model wrote for itself; `reasoning_content` is "
     "read, not written.",
     "`content` is null when an answer has only reasoning or tool calls.",
-    "`response_format` or `structured_outputs` together with tools that may be called is a 400: such an "
-    "answer could not contain a call.",
-    "A constraint begins where reasoning ends, when the prompt leaves the model within reasoning.",
+    "With tools that may be called, an answer under `response_format` or `structured_outputs` is either "
+    "calls in the model's own format or what is constrained. Together with a required or named choice both "
+    "are a 400: such an answer has nothing to constrain.",
+    "A constraint begins where reasoning ends. A model that may reason first, by its format and the prompt, "
+    "may do so: between its tags, or (gpt-oss) in messages before the final one.",
+    "An answer to a required or named choice has calls only; what `max_tokens` cuts off of the next one is "
+    "not told.",
+    "`usage.completion_tokens_details.reasoning_tokens` counts the tokens of reasoning with its tags. "
+    "`include_reasoning: false` leaves them out of the message, `logprobs` and `token_ids`; they still count.",
+    "Constraints have limits, and what is beyond them is a 400 that says so: a schema 64 KiB, 10,000 values and "
+    "1,500 schemas; a text in it 4 KiB; a pattern 2 KiB; a regex 4 KiB; a grammar 16 KiB and 1,000 rules; 2,000 "
+    "choices of 4 KiB, 64 KiB together; all tools of a required choice 64 KiB.",
+    "A request's own chat template has at most 32,768 characters and 5,000 names, operators and literals, and "
+    "runs for 0.25 s.",
     "`parallel_tool_calls: false` constrains a required choice to one call; with `auto` only the first "
     "call is told.",
     "With `tool_choice` none the chat template is not told of the tools, with `allowed_tools` only of "

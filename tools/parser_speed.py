@@ -1,5 +1,7 @@
 """Times the output parsers on text that is made to be slow to parse: python -m tools.parser_speed [FORMAT ...].
 
+FORMAT is one that tool calls are written in, "json" (required calls), or "think:" and one that reasoning is written in.
+
 Every format reads every text once as it is and once in pieces of 4 characters, the latter in part. The texts that take
 longest, and those that take longer than in proportion, are then measured: the median of 3 parses (process time) of 1 MB
 and of 2 MB, in one piece and in pieces. Limits for 1 MB: 100 ms in one piece, 1 s in pieces; 2 MB may take 2.3 times as
@@ -14,7 +16,7 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from octavo.text.parsing import Formats, OutputParser, build_parser
+from octavo.text.parsing import REASONING_FORMATS, Formats, OutputParser, build_parser
 
 SIZE = 1_000_000
 PIECE = 4
@@ -50,6 +52,10 @@ OPENINGS = {
     "pythonic": ["[f(a=", "[f(a='", "[f(a=[", "[f(", "["],
     "llama3_json": ['{"name":"f","parameters":', '{"parameters":'],
     "json": ['[{"name":"f","parameters":', "["],
+    "think:openai_gptoss": ["<|channel|>analysis<|message|>", "<|channel|>final<|message|>"],
+    "think:mistral": ["[THINK]", "[THINK]a[/THINK]"],
+    "think:deepseek_r1": ["<think>", "a</think>"],
+    "think:qwen3": ["<think>", "<think>a</think>"],
 }
 
 PATTERNS = [
@@ -109,6 +115,10 @@ ROUTES = {
     "pythonic": ["<|python_start|>", "<|python_start|>[f(a=1)]", "<|python_start|>[", "a='',", "a=1,"],
     "llama3_json": ["<|python_tag|>", '<|python_tag|>{"name":"f"}', "<|python_tag|>{", ";"],
     "json": [],
+    "think:openai_gptoss": ["<|channel|>analysis<|message|>a<|end|>", "<|channel|>", "<|message|>", "<|end|>", "<|end"],
+    "think:mistral": ["[THINK]", "[/THINK]", "[/THINK", "[/THINK]\n"],
+    "think:deepseek_r1": ["</think", "</think>\n", "\n</think"],
+    "think:qwen3": ["</think", "</think>\n", "\n</think"],
 }
 
 
@@ -123,11 +133,14 @@ def repeated(opening: str, pattern: str, size: int) -> str:
     return (opening + pattern * (size // len(pattern) + 1))[:size]
 
 
-def parser(name: str, in_reasoning: bool = False) -> OutputParser:
+def parser(name: str) -> OutputParser:
     """A parser of the tool format, or of the reasoning format "think:NAME"."""
     if name == "json":
         return build_parser(Formats(), TOOLS, in_reasoning=False, call="json")
-    return build_parser(Formats(tool=name), TOOLS, in_reasoning=in_reasoning)
+    _, think, reasoning = name.rpartition("think:")
+    if think:
+        return build_parser(Formats(reasoning=reasoning), [], in_reasoning=REASONING_FORMATS[reasoning].inside)
+    return build_parser(Formats(tool=name), TOOLS, in_reasoning=False)
 
 
 def seconds(name: str, text: str, piece: int) -> float:
@@ -178,13 +191,13 @@ def finalists(name: str) -> tuple[Iterable[tuple[str, str]], Iterable[tuple[str,
 
 def main() -> int:
     failed = False
-    print(f"{'format':12} {'one piece':>18}  {'pieces':>14}   slowest texts")
+    print(f"{'format':20} {'one piece':>18}  {'pieces':>14}   slowest texts")
     for name in sys.argv[1:] or OPENINGS:
         wholes, cuts = finalists(name)
         whole = [measure(name, text, 0) for text in wholes]
         cut = [measure(name, text, PIECE) for text in cuts]
         print(
-            f"{name:12} {max(whole).once * 1e3:8.0f} ms, x{max(one.growth for one in whole):.2f}"
+            f"{name:20} {max(whole).once * 1e3:8.0f} ms, x{max(one.growth for one in whole):.2f}"
             f"  {max(cut).once:6.2f} s, x{max(one.growth for one in cut):.2f}"
             f"   {''.join(max(whole).text)!r}  {''.join(max(cut).text)!r}",
             flush=True,

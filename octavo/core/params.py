@@ -44,7 +44,8 @@ class StructuredOutputs(msgspec.Struct, frozen=True, omit_defaults=True):
 
     `json` is a JSON Schema (draft 2020-12), as a dictionary or its text; `json_object` any JSON object; `regex` a
     regular expression that the whole text matches; `choice` one of some texts; `grammar` a context-free grammar in Lark
-    or GBNF syntax. The constraint begins after the first occurrence of the text `after`, and before it anything goes.
+    or GBNF syntax. `lead`, which servers write, has Lark rules for what may come before the constraint or instead of it,
+    which they call @then.
     Raises InvalidRequest (param "structured_outputs") for none, several or wrongly typed ones; what they say is checked
     when the request is admitted.
     """
@@ -54,7 +55,7 @@ class StructuredOutputs(msgspec.Struct, frozen=True, omit_defaults=True):
     regex: str | None = None
     choice: Sequence[str] | None = None
     grammar: str | None = None
-    after: str = ""
+    lead: str = ""
 
     def __post_init__(self) -> None:
         kinds: dict[str, Any] = {
@@ -71,8 +72,8 @@ class StructuredOutputs(msgspec.Struct, frozen=True, omit_defaults=True):
         for name in given:
             if not isinstance(getattr(self, name), kinds[name]):
                 raise _unstructured(f"{name} cannot be {type(getattr(self, name)).__name__}")
-        if not isinstance(self.json_object, bool) or not isinstance(self.after, str):
-            raise _unstructured("json_object is true or false, and after is text")
+        if not isinstance(self.json_object, bool) or not isinstance(self.lead, str):
+            raise _unstructured("json_object is true or false, and lead is text")
         if self.choice is not None and not (self.choice and all(isinstance(text, str) for text in self.choice)):
             raise _unstructured("choice must be a list of at least one text")
 

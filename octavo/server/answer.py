@@ -11,9 +11,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from octavo.frontend.outputs import CompletionOutput
+from octavo.server.thinking import Thinking
 from octavo.server.tools import Tools
 from octavo.server.wire import CalledFunction, ChatDelta, ChatMessage, FunctionDelta, ToolCallDelta
 from octavo.server.wire import ToolCall as WireCall
+from octavo.text import Tokenizer
 from octavo.text.parsing import (
     TOOL_FORMATS,
     Arguments,
@@ -44,6 +46,9 @@ class Reading:
         tools = [] if self.tools is None else self.tools.told
         constrained = self.tools is not None and self.tools.constrained
         return build_parser(self.formats, tools, in_reasoning=self.in_reasoning, call="json" if constrained else "auto")
+
+    def thinking(self, tokenizer: Tokenizer) -> Thinking:
+        return Thinking(self.formats, self.in_reasoning, tokenizer)
 
     def call_id(self) -> str:
         """Mistral's templates take no ids but theirs."""
@@ -103,12 +108,14 @@ class Answer:
         return told
 
     def _is_told(self, event: Event) -> bool:
+        """A constrained answer is calls: what its end cuts off of the next one is told to nobody."""
         match event:
+            case Content():
+                return self._reading.tools is None or not self._reading.tools.constrained
             case Reasoning():
                 return self._reading.include_reasoning
             case ToolCall(index) | Arguments(index):
                 return index == 0 or self._reading.tools is None or not self._reading.tools.single
-        return True
 
     def _delta(self, event: Event) -> ChatDelta:
         match event:

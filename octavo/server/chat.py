@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 from starlette.requests import Request
@@ -20,6 +20,7 @@ from octavo.server.generation import Job, respond
 from octavo.server.logprobs import chat_logprobs, prompt_logprobs, shown
 from octavo.server.prompts import chat_prompt, template_of
 from octavo.server.table import parse
+from octavo.server.thinking import Thinking
 from octavo.server.tools import Tools, request_tools
 from octavo.server.wire import (
     ChatChoice,
@@ -28,11 +29,15 @@ from octavo.server.wire import (
     ChatCompletion,
     ChatDelta,
     ChatLogprobs,
+    CompletionTokensDetails,
+    Usage,
     encode,
     sse,
 )
 from octavo.text import ChatPrompt, ChatTemplate
 from octavo.text.parsing import starts_in_reasoning
+
+T = TypeVar("T")
 
 
 async def chat_completions(request: Request) -> Response:
@@ -59,23 +64,23 @@ def prepare(context: Context, body: bytes) -> ChatJob:
         template_kwargs=_template_kwargs(request, template),
     )
     reading = _reading(context, request, tools, template, prompt)
-    if constraint is not None and reading.in_reasoning:
-        after = context.formats.reasoning_end(reading.formats)
-        params = params.replace(structured_outputs=msgspec.structs.replace(constraint, after=after))
+    if constraint is not None:
+        calls = () if tools is None or tools.constrained else [function["name"] for function in tools.functions]
+        lead = context.formats.lead(reading.formats, prompt.tail, calls)
+        params = params.replace(structured_outputs=msgspec.structs.replace(constraint, lead=lead))
     return ChatJob(context, request, params, prompt.ids, names, reading)
 
 
 def _constraint(request: ChatRequest, tools: Tools | None) -> tuple[StructuredOutputs | None, str]:
     """What the answer must look like, and the field that says so."""
     constraint, param = request_constraint(request)
-    if tools is None:
+    if tools is None or not tools.constrained:
         return constraint, param
     if constraint is not None:
         raise InvalidRequest(
-            f"{param} constrains the whole answer, which leaves no room for tool calls: set tool_choice to none", param
+            f"{param} has nothing to constrain: with this tool_choice the answer is a call; set tool_choice to auto",
+            param,
         )
-    if not tools.constrained:
-        return None, param
     tools.check()
     return StructuredOutputs(json=tools.schema()), tools.param
 
@@ -169,6 +174,30 @@ class ChatJob(Job):
         self.reading = reading
         self._answers: dict[int, Answer] = {}
         """Of the choices that have begun."""
+        self._thinking: dict[int, Thinking] = {}
+        self._hidden: dict[int, list[bool]] = {}
+        """By choice, the tokens of the output at hand that are reasoning."""
+        self._reasoned = 0
+
+    def count(self, prompt: int, output: RequestOutput) -> None:
+        super().count(prompt, output)
+        assert self.tokenizer is not None, "chat was refused without a tokenizer"
+        for choice in output.outputs:
+            if choice.index not in self._thinking:
+                self._thinking[choice.index] = self.reading.thinking(self.tokenizer)
+            hidden = self._hidden[choice.index] = self._thinking[choice.index].push(choice.token_ids)
+            self._reasoned += sum(hidden)
+
+    def usage(self) -> Usage:
+        usage = super().usage()
+        usage.completion_tokens_details = CompletionTokensDetails(self._reasoned)
+        return usage
+
+    def _told(self, output: CompletionOutput, items: list[T]) -> list[T]:
+        """Of `items`, which belong to the tokens of `output`, those that the client is told."""
+        if self.reading.include_reasoning:
+            return items
+        return [item for item, hidden in zip(items, self._hidden[output.index], strict=False) if not hidden]
 
     def event(self, prompt: int, output: RequestOutput) -> bytes:
         return b"".join(self._chunks(choice) for choice in output.outputs)
@@ -185,12 +214,13 @@ class ChatJob(Job):
             chunks.append(opening)
         news = [self._chunk(output.index, delta) for delta in answer.deltas(output)]
         logprobs = self._logprobs(output)
-        if not news and ((logprobs and logprobs.content) or (self.return_token_ids and output.token_ids)):
+        token_ids = self._told(output, output.token_ids)
+        if not news and ((logprobs and logprobs.content) or (self.return_token_ids and token_ids)):
             news.append(self._chunk(output.index, ChatDelta(content="")))
         if news:
             news[0].choices[0].logprobs = logprobs
             if self.return_token_ids:
-                news[0].choices[0].token_ids = output.token_ids
+                news[0].choices[0].token_ids = token_ids
         chunks += news
         if output.finish_reason is not None:
             chunk = self._chunk(output.index, ChatDelta())
@@ -246,11 +276,12 @@ class ChatJob(Job):
             stop_reason=output.stop_reason,
         )
         if self.return_token_ids:
-            choice.token_ids = output.token_ids
+            choice.token_ids = self._told(output, output.token_ids)
         return choice
 
     def _logprobs(self, output: CompletionOutput) -> ChatLogprobs | None:
         positions = shown(output, self.params)
         if positions is None:
             return None
+        positions = self._told(output, positions)
         return chat_logprobs(positions, self.params.logprobs or 0, self.tokenizer, as_ids=self.tokens_as_ids)

@@ -5,11 +5,12 @@ Owns the choice: the operator's flags, else what the chat template shows. The fo
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from octavo.core.errors import ConfigError
-from octavo.text.parsing import REASONING_FORMATS, TOOL_FORMATS, Formats, detect, markers
+from octavo.text.parsing import REASONING_FORMATS, TOOL_FORMATS, Formats, detect, lead, markers
 
 if TYPE_CHECKING:
     from octavo.text import Tokenizer
@@ -49,7 +50,6 @@ class ModelFormats:
         """The control tokens that a parser of `formats` must see in the text."""
         return frozenset(self._control[text] for text in markers(formats) if text in self._control)
 
-    def reasoning_end(self, formats: Formats) -> str:
-        """The text that ends reasoning, "" where there is none."""
-        tags = None if formats.reasoning is None else REASONING_FORMATS[formats.reasoning].tags
-        return "" if tags is None else tags[1]
+    def lead(self, formats: Formats, prompt_tail: str, calls: Sequence[str]) -> str:
+        """What a constraint leaves free of an answer, where the tools `calls` may be called: `text.parsing.lead`."""
+        return lead(formats, prompt_tail, self._control, calls)

@@ -23,6 +23,9 @@ from octavo.core.params import BOUNDS
 MAX_FIELD_BYTES = 2**20
 """Most JSON bytes of one field; fields that carry the prompt are bounded by the body alone."""
 
+MAX_ITEMS = 2**16
+"""Most objects of a list of a form, such as messages."""
+
 MAX_DEPTH = 100
 """Deepest nesting of a field that may hold anything: templates and grammars go through it recursively."""
 
@@ -174,17 +177,40 @@ _NOT_JSON = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 
 
 def _value(field: Field, raw: Raw, name: str) -> Any:
-    size = len(memoryview(raw))
+    text = memoryview(raw)
+    size = len(text)
     if size == 4 and bytes(raw) == b"null":
         return None
     if size > MAX_FIELD_BYTES and not field.bulky:
         raise InvalidRequest(f"{name} has {size} bytes of JSON, more than {MAX_FIELD_BYTES}", name)
+    if field.form is not None and size > MAX_FIELD_BYTES // 8 and text[0] == ord("["):
+        _glance(field.form, raw, name)
     value = decode(field.decoder, raw, name)
     if field.free and _is_deep(value):
         raise InvalidRequest(f"{name} is nested more than {MAX_DEPTH} levels deep", name)
     if field.use == "unbuilt" and not _is_one_of(value, field.neutral):
         raise InvalidRequest(f"{name} is not supported: {field.instead}", name)
     return value
+
+
+def _glance(form: Kind, raw: Raw, name: str) -> None:
+    """Refuses a long list that is none of `form`, or too long, before millions of objects are made of it.
+
+    Inside of text the quotes of a key are escaped, so that counting keys counts objects (and some values).
+    """
+    text = bytes(raw)
+    for field in field_table(form).values():
+        if field.required and text.count(b'"%b"' % field.name.encode()) > MAX_ITEMS:
+            raise InvalidRequest(f"{name} has more than {MAX_ITEMS} entries", name)
+    if len(decode(_glances(form), text, name)) > MAX_ITEMS:
+        raise InvalidRequest(f"{name} has more than {MAX_ITEMS} entries", name)
+
+
+@cache
+def _glances(form: Kind) -> msgspec.json.Decoder[list[Any]]:
+    """Ends at the first item that is no object with `form`'s required fields."""
+    required = [(field.name, field.type) for field in field_table(form).values() if field.required]
+    return msgspec.json.Decoder(list[msgspec.defstruct(f"Glance{form.__name__}", required, gc=False)])  # type: ignore[misc]
 
 
 V = TypeVar("V")

@@ -82,8 +82,15 @@ class Tools:
 
     def check(self) -> None:
         """Raises InvalidRequest that names the tool whose parameters cannot be enforced."""
-        from octavo.structured import json_schema_grammar
+        from octavo.structured import MAX_BYTES, json_schema_grammar
 
+        size = sum(len(str(function["parameters"])) for function in self.functions)
+        if size > MAX_BYTES:
+            raise InvalidRequest(
+                f"the parameters of the tools have {size} characters, more than the {MAX_BYTES} that a required choice "
+                "can enforce: send fewer or shorter ones",
+                "tools",
+            )
         for position, function in zip(self.positions, self.functions, strict=True):
             try:
                 json_schema_grammar(_parameters(function))

@@ -25,6 +25,11 @@ class PromptTokensDetails(msgspec.Struct):
     """Prompt tokens that the prefix cache served."""
 
 
+class CompletionTokensDetails(msgspec.Struct):
+    reasoning_tokens: int
+    """With the tags around it."""
+
+
 class Usage(msgspec.Struct):
     """Tokens of all prompts (each once, however many choices it has) and of all choices."""
 
@@ -32,6 +37,8 @@ class Usage(msgspec.Struct):
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
+    completion_tokens_details: CompletionTokensDetails | UnsetType = UNSET
+    """Of chat completions."""
 
 
 PromptLogprobs = list[dict[str, dict[str, Any]] | None]

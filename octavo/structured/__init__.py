@@ -5,9 +5,9 @@ llguidance needs it (tokens.py) and the following of grammars while sequences gr
 `sampling` applies the masks. Does not import torch. Start reading at grammar.py.
 """
 
-from octavo.structured.grammar import compile_grammar, json_schema_grammar
+from octavo.structured.grammar import MAX_BYTES, compile_grammar, json_schema_grammar
 from octavo.structured.keywords import ANNOTATIONS, KEYWORDS
 from octavo.structured.masks import Grammars
 from octavo.structured.tokens import Vocabulary
 
-__all__ = ["ANNOTATIONS", "KEYWORDS", "Grammars", "Vocabulary", "compile_grammar", "json_schema_grammar"]
+__all__ = ["ANNOTATIONS", "KEYWORDS", "MAX_BYTES", "Grammars", "Vocabulary", "compile_grammar", "json_schema_grammar"]

@@ -77,11 +77,18 @@ class Grammars:
         """Starts compiling a grammar, unless it is known."""
         found = self._compiled.get(grammar)
         if found is None:
-            found = self._compiled[grammar] = self._in_thread(lambda: new_matcher(grammar, self._opened()))
+            found = self._compiled[grammar] = self._in_thread(lambda: self._matcher(grammar))
         self._compiled.move_to_end(grammar)
         while len(self._compiled) > MAX_COMPILED:
             self._compiled.popitem(last=False)
         return found
+
+    def _matcher(self, grammar: str) -> LLMatcher:
+        """A matcher that has computed its first mask, the costliest: copies share what it learned of the vocabulary."""
+        matcher = new_matcher(grammar, self._opened())
+        if not matcher.is_error():
+            matcher.compute_bitmask()
+        return matcher
 
     def _in_thread(self, work: Callable[[], T]) -> Future[T]:
         if self._thread is None:

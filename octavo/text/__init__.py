@@ -9,7 +9,7 @@ from octavo.text.detokenizer import Detokenizer
 from octavo.text.messages import normalise_messages
 from octavo.text.stop import StopMatcher
 from octavo.text.template import ChatTemplate, model_template
-from octavo.text.tokenizer import Tokenizer, load_tokenizer
+from octavo.text.tokenizer import Tokenizer, check_unicode, load_tokenizer
 
 __all__ = [
     "ChatPrompt",
@@ -17,6 +17,7 @@ __all__ = [
     "Detokenizer",
     "StopMatcher",
     "Tokenizer",
+    "check_unicode",
     "load_tokenizer",
     "model_template",
     "normalise_messages",

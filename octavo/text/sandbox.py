@@ -46,7 +46,7 @@ class Limits:
 
 OWN = Limits(10.0, 2**30)
 """For the template that the operator serves."""
-FOREIGN = Limits(0.5, 2**23)
+FOREIGN = Limits(0.25, 2**23)
 """For a template that came with a request."""
 
 

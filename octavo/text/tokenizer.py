@@ -99,7 +99,7 @@ class Tokenizer:
             encodings = encoder.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
         except TypeError:
             for text in texts:
-                _check_unicode(text)
+                check_unicode(text, "prompt")
             raise
         return [encoding.ids for encoding in encodings]
 
@@ -171,14 +171,13 @@ def _add_marks(vocabulary: Vocabulary, controls: Controls) -> dict[int, int]:
     return of_mark
 
 
-def _check_unicode(text: str) -> None:
+def check_unicode(text: str, name: str) -> int:
+    """Size of `text` in bytes of UTF-8. Raises InvalidRequest (param `name`) where it has none."""
     try:
-        text.encode()
+        return len(text.encode())
     except UnicodeEncodeError as error:
         raise InvalidRequest(
-            f"the text holds {text[error.start]!r} at character {error.start}, half of a surrogate pair: send the "
-            "whole character",
-            "prompt",
+            f"{name} has an unpaired surrogate at character {error.start}: send valid Unicode", name
         ) from None
 
 

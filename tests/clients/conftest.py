@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 
 import pytest
+from openai import AsyncOpenAI, OpenAI
 
 from octavo.cli import own
 from octavo.config.args import EngineArgs
@@ -50,3 +51,31 @@ def scripted(backend: ScriptedBackend) -> Iterator[Address]:
             patch.setattr(own, "start_engine", start)
             url, key = stack.enter_context(own.own_server(EngineArgs()))
         yield Address(url, key, MODEL)
+
+
+def client_of(address: Address, key: str | None = None) -> OpenAI:
+    return OpenAI(base_url=address.base_url, api_key=key or address.key, max_retries=0, timeout=60)
+
+
+@pytest.fixture(scope="session")
+def client(scripted: Address) -> Iterator[OpenAI]:
+    with client_of(scripted) as client:
+        yield client
+
+
+@pytest.fixture(scope="session")
+def model(real: Address) -> Iterator[OpenAI]:
+    """A client of the embedded model."""
+    with client_of(real) as client:
+        yield client
+
+
+@pytest.fixture
+async def aclient(scripted: Address) -> AsyncIterator[AsyncOpenAI]:
+    async with AsyncOpenAI(base_url=scripted.base_url, api_key=scripted.key, max_retries=0, timeout=60) as client:
+        yield client
+
+
+@pytest.fixture
+def name(scripted: Address) -> str:
+    return scripted.model

@@ -1,82 +1,21 @@
-"""The official client, sync and async, over every route and field.
+"""The official client, sync and async, over every route and field, against the scripted model.
 
-Where text matters the scripted model answers, where a grammar does the embedded one.
+Tools and structured output are test_openai_tools.py's.
 """
 
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import AsyncIterator, Iterator
-from typing import Any, Literal, cast
+from typing import Any
 
 import openai
 import pytest
 from openai import AsyncOpenAI, OpenAI
-from openai.types.chat import ChatCompletionChunk, ChatCompletionMessageParam, ChatCompletionToolParam
-from pydantic import BaseModel, Field
+from openai.types.chat import ChatCompletionMessageParam
 
-from tests.clients.conftest import Address
-from tests.clients.scripted import ScriptedBackend, call, chosen
-
-
-def client_of(address: Address, key: str | None = None) -> OpenAI:
-    return OpenAI(base_url=address.base_url, api_key=key or address.key, max_retries=0, timeout=60)
-
-
-@pytest.fixture(scope="session")
-def client(scripted: Address) -> Iterator[OpenAI]:
-    with client_of(scripted) as client:
-        yield client
-
-
-@pytest.fixture(scope="session")
-def model(real: Address) -> Iterator[OpenAI]:
-    """A client of the embedded model."""
-    with client_of(real) as client:
-        yield client
-
-
-@pytest.fixture
-async def aclient(scripted: Address) -> AsyncIterator[AsyncOpenAI]:
-    async with AsyncOpenAI(base_url=scripted.base_url, api_key=scripted.key, max_retries=0, timeout=60) as client:
-        yield client
-
-
-@pytest.fixture
-def name(scripted: Address) -> str:
-    return scripted.model
-
-
-def user(text: str = "hello") -> list[ChatCompletionMessageParam]:
-    return [{"role": "user", "content": text}]
-
-
-def tool(name: str, **properties: Any) -> ChatCompletionToolParam:
-    parameters = {
-        "type": "object",
-        "properties": properties,
-        "required": [*properties],
-        "additionalProperties": False,
-    }
-    return {"type": "function", "function": {"name": name, "description": f"Does {name}", "parameters": parameters}}
-
-
-WEATHER = tool("get_weather", city={"enum": ["Paris", "Oslo"]}, days={"type": "integer", "minimum": 1, "maximum": 9})
-CLOCK = tool("get_time", zone={"enum": ["UTC", "CET"]})
-
-
-class City(BaseModel, extra="forbid"):
-    name: Literal["Paris", "Oslo"]
-    population: int = Field(ge=1, le=99)
-
-
-class Trip(BaseModel, extra="forbid"):
-    """Nested, with a list of bounded length."""
-
-    stops: list[City] = Field(min_length=1, max_length=2)
-    by_train: bool
-
+from tests.clients.conftest import Address, client_of
+from tests.clients.scripted import ScriptedBackend
+from tests.clients.shared import CLOCK, content_of, extra, user
 
 # --- models
 
@@ -184,10 +123,6 @@ def test_chat_streams_what_it_answers_at_once(client: OpenAI, backend: ScriptedB
     assert chunks[-1].usage == whole.usage
     ending = chunks[-2].choices[0]
     assert (ending.finish_reason, ending.delta.content, ending.delta.role) == ("stop", None, None)
-
-
-def content_of(chunks: list[ChatCompletionChunk]) -> str:
-    return "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
 
 
 async def test_chat_async(aclient: AsyncOpenAI, backend: ScriptedBackend, name: str) -> None:
@@ -330,249 +265,12 @@ def test_reasoning_is_apart_from_content(client: OpenAI, backend: ScriptedBacken
     assert content_of(chunks) == message.content
 
 
-def extra(model: BaseModel, field: str) -> str:
-    """A field that the client's types do not know."""
-    return cast("str", (model.model_extra or {}).get(field) or "")
-
-
 def test_chat_template_kwargs_reach_the_template(client: OpenAI, backend: ScriptedBackend, name: str) -> None:
     backend.say("yes")
     kwargs = {"chat_template_kwargs": {"enable_thinking": False}}
     message = client.chat.completions.create(model=name, messages=user(), extra_body=kwargs).choices[0].message
     assert backend.prompt.endswith("<assistant><think></think>")
     assert message.content == "yes"
-
-
-# --- tools, scripted
-
-
-def test_tools_auto(client: OpenAI, backend: ScriptedBackend, name: str) -> None:
-    backend.say("Let me look. " + call("get_weather", '{"city": "Paris", "days": 2}') + call("get_time", "{}"), "Hello")
-    done = client.chat.completions.create(model=name, messages=user(), tools=[WEATHER, CLOCK], tool_choice="auto")
-    assert "get_weather" in backend.prompt
-    (choice,) = done.choices
-    assert choice.finish_reason == "tool_calls"
-    assert (choice.message.content or "").strip() == "Let me look."
-    assert calls_of(choice.message) == [("get_weather", {"city": "Paris", "days": 2}), ("get_time", {})]
-    ids = [made.id for made in choice.message.tool_calls or []]
-    assert all(ids)
-    assert len({*ids}) == 2
-    (choice,) = client.chat.completions.create(model=name, messages=user(), tools=[WEATHER]).choices
-    assert (choice.finish_reason, choice.message.content, choice.message.tool_calls) == ("stop", "Hello", None)
-
-
-def calls_of(message: Any) -> list[tuple[str, Any]]:
-    return [(made.function.name, json.loads(made.function.arguments)) for made in message.tool_calls or []]
-
-
-def test_tools_stream_as_they_come_whole(client: OpenAI, backend: ScriptedBackend, name: str) -> None:
-    text = "<think>which?</think>Well: " + call("get_weather", '{"city": "Oslo", "days": 3}') + call("get_time", "{}")
-    backend.say(text, text)
-    whole = client.chat.completions.create(model=name, messages=user(), tools=[WEATHER, CLOCK]).choices[0]
-    content, reason = "", None
-    made: dict[int, list[str]] = {}
-    for chunk in client.chat.completions.create(model=name, messages=user(), tools=[WEATHER, CLOCK], stream=True):
-        (part,) = chunk.choices
-        content += part.delta.content or ""
-        reason = part.finish_reason or reason
-        for delta in part.delta.tool_calls or []:
-            assert delta.function is not None
-            if delta.index not in made:
-                assert delta.id
-                assert delta.type == "function"
-                made[delta.index] = [delta.function.name or "", ""]
-            made[delta.index][1] += delta.function.arguments or ""
-    assert content == (whole.message.content or "")
-    assert reason == whole.finish_reason == "tool_calls"
-    assert [(name, json.loads(text)) for name, text in made.values()] == calls_of(whole.message)
-
-
-def test_the_clients_streaming_helper_gathers_calls(client: OpenAI, backend: ScriptedBackend, name: str) -> None:
-    backend.say("Well: " + call("get_weather", '{"city": "Oslo", "days": 3}'))
-    kinds = set()
-    strict = {**WEATHER, "function": {**WEATHER["function"], "strict": True}}
-    tools = cast("list[ChatCompletionToolParam]", [strict])
-    with client.chat.completions.stream(model=name, messages=user(), tools=tools) as stream:
-        for event in stream:
-            kinds.add(event.type)
-        final = stream.get_final_completion()
-    assert calls_of(final.choices[0].message) == [("get_weather", {"city": "Oslo", "days": 3})]
-    assert {"content.delta", "tool_calls.function.arguments.delta", "tool_calls.function.arguments.done"} <= kinds
-
-
-def test_tool_choice_none_calls_nothing(client: OpenAI, backend: ScriptedBackend, name: str) -> None:
-    backend.say("Hello")
-    (choice,) = client.chat.completions.create(model=name, messages=user(), tools=[WEATHER], tool_choice="none").choices
-    assert (choice.message.content, choice.message.tool_calls, choice.finish_reason) == ("Hello", None, "stop")
-
-
-def test_one_call_without_parallel_tool_calls(client: OpenAI, backend: ScriptedBackend, name: str) -> None:
-    backend.say(call("get_time", '{"zone": "UTC"}') + call("get_time", '{"zone": "CET"}'))
-    done = client.chat.completions.create(model=name, messages=user(), tools=[CLOCK], parallel_tool_calls=False)
-    assert calls_of(done.choices[0].message) == [("get_time", {"zone": "UTC"})]
-
-
-@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "get_time"}}])
-def test_a_forced_call_is_read_from_its_json(client: OpenAI, backend: ScriptedBackend, name: str, choice: Any) -> None:
-    backend.say("<think>hm</think>" + chosen("get_time", '{"zone": "CET"}'))
-    done = client.chat.completions.create(model=name, messages=user(), tools=[CLOCK], tool_choice=choice)
-    assert calls_of(done.choices[0].message) == [("get_time", {"zone": "CET"})]
-    assert extra(done.choices[0].message, "reasoning") == "hm"
-    assert backend.params[-1].structured_outputs is not None
-
-
-# --- tools and structured output of the embedded model, whose template knows no tools
-
-
-def test_a_required_choice_is_constrained(model: OpenAI, real: Address) -> None:
-    done = model.chat.completions.create(
-        model=real.model,
-        messages=user("What is the weather in Paris?"),
-        tools=[WEATHER, CLOCK],
-        tool_choice="required",
-        parallel_tool_calls=False,
-        temperature=0,
-        max_tokens=80,
-    )
-    (choice,) = done.choices
-    ((called, arguments),) = calls_of(choice.message)
-    check_arguments(called, arguments)
-
-
-def check_arguments(called: str, arguments: dict[str, Any]) -> None:
-    """They follow the schema of the tool."""
-    if called == "get_weather":
-        assert arguments["city"] in ("Paris", "Oslo")
-        assert arguments["days"] in range(1, 10)
-    else:
-        assert called == "get_time"
-        assert arguments["zone"] in ("UTC", "CET")
-
-
-def test_a_named_choice_is_constrained_and_streams(model: OpenAI, real: Address) -> None:
-    names, arguments, reasons = [], "", set()
-    for chunk in model.chat.completions.create(
-        model=real.model,
-        messages=user("What time is it?"),
-        tools=[WEATHER, CLOCK],
-        tool_choice={"type": "function", "function": {"name": "get_time"}},
-        temperature=0,
-        max_tokens=60,
-        stream=True,
-    ):
-        for part in chunk.choices:
-            reasons.add(part.finish_reason)
-            for delta in part.delta.tool_calls or []:
-                assert delta.function is not None
-                names += [delta.function.name] if delta.function.name else []
-                arguments += delta.function.arguments or ""
-    assert names == ["get_time"]
-    check_arguments("get_time", json.loads(arguments))
-    assert reasons - {None} <= {"tool_calls", "stop"}
-
-
-def test_json_object(model: OpenAI, real: Address) -> None:
-    (choice,) = model.chat.completions.create(
-        model=real.model,
-        messages=user('Answer with the JSON object {"a": 1}'),
-        response_format={"type": "json_object"},
-        temperature=0,
-        max_tokens=64,
-    ).choices
-    text = choice.message.content or ""
-    assert text.lstrip().startswith("{")
-    if choice.finish_reason == "stop":
-        assert isinstance(json.loads(text), dict)
-
-
-def test_json_schema_streams(model: OpenAI, real: Address) -> None:
-    stream = model.chat.completions.create(
-        model=real.model,
-        messages=user("Name a city."),
-        response_format={
-            "type": "json_schema",
-            "json_schema": {"name": "City", "strict": True, "schema": City.model_json_schema()},
-        },
-        temperature=0,
-        max_tokens=64,
-        stream=True,
-    )
-    City.model_validate_json(content_of([*stream]))
-
-
-def test_parse_with_a_pydantic_model(model: OpenAI, real: Address) -> None:
-    done = model.chat.completions.parse(
-        model=real.model, messages=user("Plan a trip."), response_format=Trip, temperature=0, max_tokens=128
-    )
-    parsed = done.choices[0].message.parsed
-    assert isinstance(parsed, Trip)
-    assert 1 <= len(parsed.stops) <= 2
-
-
-def test_parse_tools_with_a_pydantic_model(model: OpenAI, real: Address) -> None:
-    done = model.chat.completions.parse(
-        model=real.model,
-        messages=user("Name a city."),
-        tools=[openai.pydantic_function_tool(City)],
-        tool_choice="required",
-        parallel_tool_calls=False,
-        temperature=0,
-        max_tokens=80,
-    )
-    (made,) = done.choices[0].message.tool_calls or []
-    assert isinstance(made.function.parsed_arguments, City)
-
-
-async def test_parse_async(real: Address) -> None:
-    async with AsyncOpenAI(base_url=real.base_url, api_key=real.key, max_retries=0, timeout=60) as client:
-        done = await client.chat.completions.parse(
-            model=real.model, messages=user("Name a city."), response_format=City, temperature=0, max_tokens=64
-        )
-        assert isinstance(done.choices[0].message.parsed, City)
-        async with client.chat.completions.stream(
-            model=real.model, messages=user("Name a city."), response_format=City, temperature=0, max_tokens=64
-        ) as stream:
-            async for _ in stream:
-                pass
-            final = await stream.get_final_completion()
-    assert final.choices[0].message.parsed == done.choices[0].message.parsed
-
-
-def test_an_answer_cut_short_is_told_by_the_parser(model: OpenAI, real: Address) -> None:
-    with pytest.raises(openai.LengthFinishReasonError):
-        model.chat.completions.parse(model=real.model, messages=user(), response_format=Trip, max_tokens=3)
-
-
-GRAMMAR = 'start: "go " ("left" | "right") " " /[0-9]/'
-
-
-@pytest.mark.parametrize(
-    ("spec", "pattern"),
-    [
-        ({"regex": "[a-f]{3}-[0-9]{2}"}, "[a-f]{3}-[0-9]{2}"),
-        ({"choice": ["red", "green", "blue"]}, "red|green|blue"),
-        ({"grammar": GRAMMAR}, "go (left|right) [0-9]"),
-        ({"json": {"enum": [1, "two", None]}}, '1|"two"|null'),
-    ],
-)
-def test_structured_outputs_in_vllms_terms(model: OpenAI, real: Address, spec: dict[str, Any], pattern: str) -> None:
-    options: dict[str, Any] = {"temperature": 0, "max_tokens": 24, "extra_body": {"structured_outputs": spec}}
-    chat = model.chat.completions.create(model=real.model, messages=user("Go."), **options)
-    assert re.fullmatch(pattern, (chat.choices[0].message.content or "").strip())
-    (choice,) = model.completions.create(model=real.model, prompt="The answer is ", **options).choices
-    assert re.fullmatch(pattern, choice.text.strip())
-    assert choice.finish_reason == "stop"
-
-
-def test_the_embedded_model_answers_alike_twice(model: OpenAI, real: Address) -> None:
-    def answer(**options: Any) -> str:
-        done = model.chat.completions.create(
-            model=real.model, messages=user("Tell me a story."), max_tokens=12, **options
-        )
-        return done.choices[0].message.content or ""
-
-    assert answer(temperature=0) == answer(temperature=0)
-    assert answer(temperature=1, seed=5) == answer(temperature=1, seed=5)
 
 
 # --- errors

@@ -202,6 +202,42 @@ async def test_reasoning_has_a_field_of_its_own() -> None:
         assert (message.get("reasoning"), message["content"]) == (None, text)
 
 
+THOUGHTS = [
+    ("hermes", "qwen3", "<think>Hm.</think>Yes.", 5),
+    ("hermes", "qwen3", "\n<think>Hm.</think>Yes.", 5),
+    ("hermes", "qwen3", "Yes.", 0),
+    ("hermes", "qwen3", "Yes.<think>Hm.</think>", 0),
+    ("hermes", "qwen3", "<think>Hm.", 4 + 1),
+    ("mistral", "mistral", "[THINK]Hm.[/THINK]Yes.", 5),
+    (
+        "openai",
+        "openai_gptoss",
+        "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant<|channel|>final<|message|>Yes.",
+        len("s") + 1 + len("Hm.") + 1,
+    ),
+]
+
+
+@pytest.mark.parametrize(("tool", "reasoning", "text", "count"), THOUGHTS)
+async def test_reasoning_is_counted_and_can_be_left_out(tool: str, reasoning: str, text: str, count: int) -> None:
+    """In tokens, streamed or not; what is left out shows neither in log-probabilities nor in ids."""
+    body = {"messages": [USER], "logprobs": True, "return_token_ids": True, "include_reasoning": False}
+    backend = ScriptedBackend([text], formats=(tool, reasoning), most=3)
+    async with client_of(backend, tool_call_parser=tool, reasoning_parser=reasoning) as http:
+        whole = (await http.post("/v1/chat/completions", json=body)).json()
+        options = {"stream": True, "stream_options": {"include_usage": True}}
+        *chunks, last = chunks_of(await http.post("/v1/chat/completions", json=body | options))
+    assert whole["usage"] == last["usage"]
+    assert whole["usage"]["completion_tokens_details"] == {"reasoning_tokens": count}
+    (choice,) = whole["choices"]
+    assert len(choice["token_ids"]) == whole["usage"]["completion_tokens"] - count
+    streamed = [token for chunk in chunks for token in chunk["choices"][0].get("token_ids", ())]
+    assert streamed == choice["token_ids"]
+    told = "".join(position["token"] for position in choice["logprobs"]["content"])
+    assert told.endswith(choice["message"]["content"] or "")
+    assert "Hm" not in told or text.startswith("Yes.")
+
+
 async def test_the_template_shows_the_formats() -> None:
     """Without flags, and only where the request has tools."""
     text = '<think>Hm.</think><tool_call>{"name": "now", "arguments": {}}</tool_call>'

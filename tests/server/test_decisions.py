@@ -100,9 +100,9 @@ async def test_forced_tool_choices(strict: bool | None, choice: Any) -> None:
     assert answer["finish_reason"] == ("tool_calls" if choice == "required" else "stop")
     (request,) = backend.requests
     assert b"weather" in bytes(t for t in request.prompt_token_ids if t < 256), "the tools are told nevertheless"
-    assert accepts(request.grammar, text)
-    assert not accepts(request.grammar, f"[{call('weather', {'city': 5})}]")
-    assert not accepts(request.grammar, "Hello")
+    assert accepts(request.grammar, text, backend.inputs.vocabulary)
+    assert not accepts(request.grammar, f"[{call('weather', {'city': 5})}]", backend.inputs.vocabulary)
+    assert not accepts(request.grammar, "Hello", backend.inputs.vocabulary)
 
 
 async def test_max_tokens(http: httpx.AsyncClient, backend: EchoBackend) -> None:

@@ -26,6 +26,8 @@ HOSTILE: dict[str, tuple[bytes, int]] = {
     "deep, open": (b"[" * 1_000_000, 400),
     "many empty lists": (b'{"prompt": [' + b"[]," * 2 * MEGABYTES + b"[]]}", 400),
     "many messages": (b'{"messages": [' + b"{}," * MEGABYTES + b"{}]}", 400),
+    "most messages": (b'{"messages": [' + b"{}," * 2_600_000 + b"{}]}", 400),
+    "most whole messages": (b'{"messages": [' + b'{"role":""},' * 650_000 + b'{"role":""}]}', 400),
     "many whole messages": (b'{"messages": [' + b'{"role":"user","content":""},' * 250_000 + b"{}]}", 400),
     "many ids": (b'{"prompt": [' + b"1," * 4 * MEGABYTES + b"1]}", 400),
     "many texts": (b'{"prompt": [' + b'"",' * 2 * MEGABYTES + b'""]}', 400),

@@ -35,10 +35,11 @@ def tools_of(**body: Any) -> Tools | None:
     return request_tools(parse(ChatRequest, json.dumps({"messages": [], **body}).encode()))
 
 
-def accepts(grammar: str, text: str) -> bool:
+def accepts(grammar: str, text: str, vocabulary: Vocabulary | None = VOCABULARY) -> bool:
     """The whole `text`, and that it may end there."""
-    tokens = [*text.encode(), EOS]
-    return int(new_matcher(grammar, VOCABULARY).validate_tokens(tokens)) == len(tokens)
+    assert vocabulary is not None
+    tokens = [*vocabulary.tokenizer.encode(text), EOS]
+    return int(new_matcher(grammar, vocabulary).validate_tokens(tokens)) == len(tokens)
 
 
 def grammar_of(**body: Any) -> str:
@@ -194,8 +195,22 @@ async def test_one_constraint_at_a_time(field: str) -> None:
     value = {"response_format": {"type": "json_object"}, "structured_outputs": {"json_object": True}}[field]
     body = {"messages": [{"role": "user", "content": "a"}], "tools": [function("a")], field: value}
     async with client_of(ScriptedBackend(["{}"])) as http:
-        for choice in ("auto", "required", NAMED):
+        for choice in ("required", NAMED):
             answer = await http.post("/v1/chat/completions", json=body | {"tool_choice": choice})
             assert answer.json()["error"]["param"] == field
         answer = await http.post("/v1/chat/completions", json=body | {"tool_choice": "none"})
         assert answer.status_code == 200
+
+
+async def test_a_free_choice_is_between_a_call_and_what_is_constrained() -> None:
+    body = {"messages": [{"role": "user", "content": "a"}], "tools": [function("a")]}
+    backend = ScriptedBackend(["{}"])
+    async with client_of(backend) as http:
+        answer = await http.post("/v1/chat/completions", json=body | {"response_format": {"type": "json_object"}})
+    assert answer.json()["choices"][0]["message"]["content"] == "{}"
+    (request,) = backend.requests
+    made = '<tool_call>{"name": "a", "arguments": {}}</tool_call>'
+    for text in ("{}", made, "<think>hm</think>{}", f"<think>hm</think>{made}"):
+        assert accepts(request.grammar, text, backend.inputs.vocabulary), text
+    for text in ("a", f"{{}}{made}", "<think>hm</think>"):
+        assert not accepts(request.grammar, text, backend.inputs.vocabulary), text

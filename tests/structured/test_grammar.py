@@ -13,11 +13,15 @@ from octavo.core.errors import InvalidRequest
 from octavo.core.params import SamplingParams, StructuredOutputs
 from octavo.structured import Vocabulary, compile_grammar
 from octavo.structured.grammar import MAX_BYTES, MAX_CHOICES, new_matcher
-from octavo.text import Tokenizer
 from tests.frontend.tiny import EOS, byte_tokenizer
 from tests.structured.schemas import accepts, allowed, byte_vocabulary, random_text
 
 VOCABULARY = byte_vocabulary()
+
+
+def after(end: str) -> str:
+    """Rules for any text that ends with the first `end`."""
+    return f"start: free @then\nfree[lazy]: TEXT {json.dumps(end)}\nTEXT: /(?s:.*)/"
 
 
 def compiled(**spec: Any) -> str:
@@ -34,7 +38,7 @@ def compiled(**spec: Any) -> str:
     ({"choice": "abc"}, "choice cannot be str"),
     ({"choice": []}, "at least one"),
     ({"choice": ["a", 1]}, "at least one"),
-    ({"regex": "a", "after": None}, "after is text"),
+    ({"regex": "a", "lead": None}, "lead is text"),
 ])  # fmt: skip
 def test_exactly_one_form_of_the_right_type(given: dict[str, Any], words: str) -> None:
     with pytest.raises(InvalidRequest, match=words) as caught:
@@ -55,11 +59,11 @@ def test_parameters_take_the_struct_alone() -> None:
     ({"choice": ["yes", "yes sir", 'q"\\\n\x7f', "ж"]}, ["yes", "yes sir", 'q"\\\n\x7f', "ж"], ["ye", "yes si", "no"]),
     ({"grammar": 'start: "a" NUM ("," NUM)*\nNUM: /[0-9]+/'}, ["a1", "a1,22"], ["a", "a1,"]),
     ({"grammar": 'root ::= "x" item+\nitem ::= [a-c] | "-" item'}, ["xa", "x-b--c"], ["x", "xd", "x-"]),
-    ({"regex": "[0-9]+", "after": "</think>"}, ["</think>1", "a <b> é </think>42", "<</think>1"],
+    ({"regex": "[0-9]+", "lead": after("</think>")}, ["</think>1", "a <b> é </think>42", "<</think>1"],
      ["1", "</think>", "</think> 1", "a</think>1</think>2"]),
-    ({"json": {"enum": [1]}, "after": "\n\n"}, ["\n\n1", "so:\n\n1"], ["\n1", "\n\n\n1"]),
-    ({"choice": ["a"], "after": "."}, [".a", "b.a"], ["a", "..a"]),
-    ({"grammar": 'start: "a"+', "after": "#"}, ["x#a", "#aa"], ["aa", "x#"]),
+    ({"json": {"enum": [1]}, "lead": after("\n\n")}, ["\n\n1", "so:\n\n1"], ["\n1", "\n\n\n1"]),
+    ({"choice": ["a"], "lead": after(".")}, [".a", "b.a"], ["a", "..a"]),
+    ({"grammar": 'start: "a"+', "lead": after("#")}, ["x#a", "#aa"], ["aa", "x#"]),
 ])  # fmt: skip
 def test_what_a_form_allows(spec: dict[str, Any], good: list[str], bad: list[str]) -> None:
     grammar = compiled(**spec)
@@ -71,6 +75,9 @@ def test_what_a_form_allows(spec: dict[str, Any], good: list[str], bad: list[str
     ({"regex": "("}, "unclosed group"),
     ({"regex": "(?<=a)b"}, "look-around"),
     ({"regex": "a" * 5000}, "the regex has 5000 bytes"),
+    ({"choice": ["a" * 5000]}, "a text of choice has 5000 bytes"),
+    ({"json": {"const": ["a" * 5000]}}, "a text of the schema has 5000 bytes"),
+    ({"json": {"properties": {"a" * 5000: {}}}}, "a text of the schema has 5000 bytes"),
     ({"regex": "[^\\s\\S]"}, "nothing satisfies"),
     ({"choice": ["a", ""]}, "empty text"),
     ({"choice": [str(i) for i in range(MAX_CHOICES + 1)]}, f"more than {MAX_CHOICES}"),
@@ -169,28 +176,6 @@ def test_hostile_constraints_cost_little(make: Callable[[], dict[str, Any]]) -> 
     schema = spec.get("json", {})
     while "items" in schema:  # freed without recursion
         schema = schema.pop("items")
-
-
-class Reasoning(Tokenizer):
-    """The tokenizer of bytes, whose end token is spelled </think> too."""
-
-    def encode(self, text: str, *, add_special_tokens: bool = True, parse_special: bool = True) -> list[int]:
-        return [257] if text == "</think>" and parse_special else list(text.encode())
-
-    def is_special(self, token_id: int) -> bool:
-        return token_id == 257
-
-
-def test_a_control_token_ends_the_free_text() -> None:
-    plain = byte_tokenizer()
-    tokenizer = Reasoning(plain._vocabulary)
-    tokenizer.special_ids = frozenset({EOS, 257})
-    vocabulary = Vocabulary(tokenizer, 258, (EOS,))
-    matcher = new_matcher(compile_grammar(StructuredOutputs(choice=["ok"], after="</think>"), vocabulary), vocabulary)
-    assert matcher.consume_tokens([*b"hm </think>", 257])
-    assert allowed(matcher.compute_bitmask()) == [ord("o")]
-    assert matcher.consume_tokens([*b"ok"])
-    assert allowed(matcher.compute_bitmask()) == [EOS]
 
 
 def test_all_end_tokens_end_a_grammar() -> None:

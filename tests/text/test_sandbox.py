@@ -76,6 +76,16 @@ LARGE_VALUES = [
     "{{ [1] | slice(10 ** 9) | list }}",
 ]
 
+LONG_TO_COMPILE = ["{{a}}" * 6500, "{{ a.b|trim|upper }}" * 1600, "{% set a=b %}" * 2500, "{{ [{}] }}" * 3200]
+
+
+@pytest.mark.parametrize("source", LONG_TO_COMPILE)
+def test_what_takes_long_to_compile(smollm: Tokenizer, source: str) -> None:
+    with pytest.raises(InvalidRequest, match="more than 5000 names, operators and literals") as caught:
+        ChatTemplate.foreign(source, smollm)
+    assert caught.value.param == "chat_template"
+    assert ChatTemplate.foreign("{{ a }}\n" + "text " * 6000, smollm).render([]).endswith("text ")
+
 
 @pytest.mark.parametrize("source", LARGE_VALUES)
 def test_large_values(smollm: Tokenizer, source: str) -> None:

@@ -16,6 +16,7 @@ from octavo.text.parsing.formats import (
     markers,
     starts_in_reasoning,
 )
+from octavo.text.parsing.lead import lead
 
 __all__ = [
     "REASONING_FORMATS",
@@ -30,6 +31,7 @@ __all__ = [
     "ToolCall",
     "build_parser",
     "detect",
+    "lead",
     "markers",
     "merged",
     "starts_in_reasoning",

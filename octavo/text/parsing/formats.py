@@ -24,14 +24,16 @@ class Format:
     """One way to write calls, or reasoning.
 
     `markers` are those that may be control tokens. The format is a template's if all strings of one of `signs` occur in
-    it. `calls` is the grammar of calls; `tags` begin and end reasoning; harmony has neither, being both in one.
-    `inside` says whether a prompt without either tag leaves the model in reasoning.
+    it. `calls` is the grammar of calls; `openings` is how the first one may begin, up to where it is certain: NAME is a
+    tool's, # a number, a space any white space. `tags` begin and end reasoning. Harmony has none of these, being both
+    in one. `inside` says whether a prompt without either tag leaves the model in reasoning.
     """
 
     name: str
     markers: tuple[str, ...]
     signs: tuple[tuple[str, ...], ...] = ()
     calls: Callable[[Source, Tools], Steps[None]] | None = None
+    openings: tuple[str, ...] = ()
     tags: tuple[str, str] | None = None
     inside: bool = False
     aliases: tuple[str, ...] = ()
@@ -52,29 +54,74 @@ _KIMI_MARKERS = (
     "<|tool_calls_section_end|>",
 )
 _TOOL_CALL = ("<tool_call>", "</tool_call>")
+_JSON_CALL = '{ "name" : "NAME"'
+_DEEPSEEK_OPENINGS = (
+    "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>NAME<｜tool▁sep｜> {",
+    "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>NAME ```json",
+)
+_KIMI_OPENINGS = (
+    "<|tool_calls_section_begin|> <|tool_call_begin|> functions.NAME:# <|tool_call_argument_begin|>",
+    "<|tool_call_begin|> functions.NAME:# <|tool_call_argument_begin|>",
+)
 _THINK = ("<think>", "</think>")
 
 # in the order of detection: the more specific first
 _TOOLS = (
     Format("openai", HARMONY_MARKERS, (("<|channel|>", "<|message|>"),), aliases=("gpt_oss", "harmony")),
-    Format("kimi_k2", _KIMI_MARKERS, (("<|tool_call_argument_begin|>",),), kimi),
-    Format("deepseek_v3", _DEEPSEEK_MARKERS, (("<｜tool▁sep｜>",),), deepseek, aliases=("deepseek_r1", "deepseek_v31")),
-    Format("qwen3_coder", _TOOL_CALL, (("<function=", "<parameter="),), qwen3_coder, aliases=("qwen3_xml",)),
+    Format("kimi_k2", _KIMI_MARKERS, (("<|tool_call_argument_begin|>",),), kimi, _KIMI_OPENINGS),
+    Format(
+        "deepseek_v3",
+        _DEEPSEEK_MARKERS,
+        (("<｜tool▁sep｜>",),),
+        deepseek,
+        _DEEPSEEK_OPENINGS,
+        aliases=("deepseek_r1", "deepseek_v31"),
+    ),
+    Format(
+        "qwen3_coder",
+        _TOOL_CALL,
+        (("<function=", "<parameter="),),
+        qwen3_coder,
+        ("<tool_call> <function=NAME>", "<function=NAME>"),
+        aliases=("qwen3_xml",),
+    ),
     Format(
         "glm45",
         (*_TOOL_CALL, "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>"),
         (("<arg_key>", "<arg_value>"),),
         glm45,
+        ("<tool_call> NAME <arg_key>", "<tool_call> NAME </tool_call>"),
         aliases=("glm47", "glm4_moe"),
     ),
-    Format("mistral", ("[TOOL_CALLS]", "[ARGS]", "[CALL_ID]"), (("[TOOL_CALLS]",),), mistral),
-    Format("granite", ("<|tool_call|>", *_TOOL_CALL), (("<|tool_call|>",),), granite, aliases=("granite-20b-fc",)),
-    Format("hermes", _TOOL_CALL, (("<tool_call>",),), hermes, aliases=("qwen", "qwen25", "qwen3", "granite4")),
+    Format(
+        "mistral",
+        ("[TOOL_CALLS]", "[ARGS]", "[CALL_ID]"),
+        (("[TOOL_CALLS]",),),
+        mistral,
+        (f"[TOOL_CALLS] [ {_JSON_CALL}", "[TOOL_CALLS] NAME[ARGS]", "[TOOL_CALLS] NAME {"),
+    ),
+    Format(
+        "granite",
+        ("<|tool_call|>", *_TOOL_CALL),
+        (("<|tool_call|>",),),
+        granite,
+        (f"<|tool_call|> [ {_JSON_CALL}", f"<tool_call> {_JSON_CALL}"),
+        aliases=("granite-20b-fc",),
+    ),
+    Format(
+        "hermes",
+        _TOOL_CALL,
+        (("<tool_call>",),),
+        hermes,
+        (f"<tool_call> {_JSON_CALL}",),
+        aliases=("qwen", "qwen25", "qwen3", "granite4"),
+    ),
     Format(
         "pythonic",
         ("<|python_start|>", "<|python_end|>"),
         (("<|python_start|>",), ("[func_name1(params_name1=params_value1",)),
         pythonic,
+        ("<|python_start|> [NAME(", "[NAME("),
         aliases=("llama4_pythonic",),
     ),
     Format(
@@ -82,6 +129,7 @@ _TOOLS = (
         ("<|python_tag|>",),
         (("<|python_tag|>",), ("<|start_header_id|>", '"parameters":')),
         llama3_json,
+        (f"<|python_tag|> {_JSON_CALL}", _JSON_CALL),
         aliases=("llama4_json", "llama"),
     ),
 )
@@ -142,8 +190,8 @@ def _detect(formats: Sequence[Format], template: str, tokens: frozenset[str]) ->
     return None
 
 
-def _chosen(formats: Formats) -> tuple[Format | None, Format | None]:
-    """Raises InvalidRequest for a name that no format has."""
+def chosen(formats: Formats) -> tuple[Format | None, Format | None]:
+    """The tool format and the reasoning format. Raises InvalidRequest for a name that no format has."""
     chosen = []
     for name, table, kind in (
         (formats.tool, TOOL_FORMATS, "tool call"),
@@ -155,13 +203,13 @@ def _chosen(formats: Formats) -> tuple[Format | None, Format | None]:
     return chosen[0], chosen[1]
 
 
-def _is_harmony(tool: Format | None, reasoning: Format | None) -> bool:
+def is_harmony(tool: Format | None, reasoning: Format | None) -> bool:
     return any(form is not None and form.markers is HARMONY_MARKERS for form in (tool, reasoning))
 
 
 def markers(formats: Formats) -> frozenset[str]:
     """Texts that the parser must see, whether or not they are control tokens."""
-    return frozenset(marker for form in _chosen(formats) if form is not None for marker in form.markers)
+    return frozenset(marker for form in chosen(formats) if form is not None for marker in form.markers)
 
 
 _TURN = re.compile(r"<\|[^|<>]*\|>|<｜[^｜<>]*｜>|\[/?INST\]")
@@ -170,15 +218,28 @@ _ANALYSIS = re.compile(r"<\|channel\|>\s*analysis\b[^<]*<\|message\|>(?:(?!<\|).
 
 def starts_in_reasoning(formats: Formats, prompt_tail: str) -> bool:
     """True when a prompt with this end leaves the model inside reasoning: opened, not closed, no turn begun since."""
-    tool, reasoning = _chosen(formats)
-    if _is_harmony(tool, reasoning):
+    tool, reasoning = chosen(formats)
+    if is_harmony(tool, reasoning):
         return _ANALYSIS.search(prompt_tail) is not None
     if reasoning is None or reasoning.tags is None:
         return False
-    begin, end = reasoning.tags
-    turn = max((match.end() for match in _TURN.finditer(prompt_tail)), default=0)
-    opened, closed = prompt_tail.rfind(begin, turn), prompt_tail.rfind(end, turn)
+    opened, closed = _last_tags(reasoning.tags, prompt_tail)
     return reasoning.inside if opened == closed == -1 else opened > closed
+
+
+def reasoning_is_over(formats: Formats, prompt_tail: str) -> bool:
+    """True when a prompt with this end has closed the reasoning of the turn, as those that want none do."""
+    _, reasoning = chosen(formats)
+    if reasoning is None or reasoning.tags is None:
+        return False
+    opened, closed = _last_tags(reasoning.tags, prompt_tail)
+    return closed > opened
+
+
+def _last_tags(tags: tuple[str, str], prompt_tail: str) -> tuple[int, int]:
+    """Where either tag stands last in the turn that the prompt ends in, -1 for nowhere."""
+    turn = max((match.end() for match in _TURN.finditer(prompt_tail)), default=0)
+    return prompt_tail.rfind(tags[0], turn), prompt_tail.rfind(tags[1], turn)
 
 
 class _Parser:
@@ -214,11 +275,11 @@ def build_parser(
     `tools` as in the request. `call`: "auto", calls as in the tool format; "json", all but reasoning is a JSON list of
     calls, as required and named tool choices are constrained. Raises InvalidRequest for an unknown format.
     """
-    tool, reasoning = _chosen(formats)
+    tool, reasoning = chosen(formats)
     source, known = Source(), Tools(tools)
 
     def steps() -> Steps[None]:
-        if _is_harmony(tool, reasoning):
+        if is_harmony(tool, reasoning):
             yield from harmony(source, known, in_reasoning, call == "json")
         else:
             if reasoning is not None and reasoning.tags is not None:

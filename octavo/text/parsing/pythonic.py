@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+from functools import lru_cache
 
 from octavo.text.parsing.events import Content
 from octavo.text.parsing.json_text import NUMBER
@@ -184,14 +185,15 @@ def _string(source: Source, quote: str) -> Steps[None]:
     while True:
         match = body.match(source.text, source.at)
         assert match is not None
-        end = match.start(1) if match.lastindex else match.end()
+        last = match[1]  # the quote or the beginning of an escape
+        end = match.end() - len(last) if last else match.end()
         if end > source.at:
             source.pass_on(end, _inside)
-        if match[1] == quote:
+        if last == quote:
             source.take(end + 1)
             source.arguments('"')
             return
-        if match[1] is None and end < len(source.text):
+        if last is None and end < len(source.text):
             raise Malformed
         if source.ended:
             source.pass_on(len(source.text), escaped)
@@ -207,8 +209,7 @@ def _inside(text: str) -> str:
     if "\\" not in text:
         return escaped(text)
     if len(text) <= _SHORT:
-        chars = iter(text)
-        return "".join([_ESCAPES[next(chars)] if char == "\\" else _RAW.get(char, char) for char in chars])
+        return _short_inside(text)
     text = text.replace("\\\\", _BACKSLASH)
     for letter, meant in _SIMPLE.items():
         text = text.replace("\\" + letter, meant)
@@ -217,3 +218,10 @@ def _inside(text: str) -> str:
     if r"\\U" in text:
         text = _WIDE.sub(lambda match: json.dumps(chr(int(match[1], 16)))[1:-1], text)
     return text.replace(_BACKSLASH, r"\\")
+
+
+@lru_cache(maxsize=2**14)
+def _short_inside(text: str) -> str:
+    """The same few come again and again."""
+    chars = iter(text)
+    return "".join([_ESCAPES[next(chars)] if char == "\\" else _RAW.get(char, char) for char in chars])
