@@ -60,12 +60,11 @@ def throughput(namespace: argparse.Namespace) -> int:
         device = llm.config.device
         multiplies = llm.config.dtype if device.kind == "cuda" or device.native_bfloat16 else "float32"
         limits = measure_limits(device.kind, multiplies)
-        results = [
-            measure(llm, workload, args.seed, namespace.temperature, limits, sequential=sequential)
-            for workload, sequential in runs
-        ]
+        results: list[Result] = []
+        for workload, sequential in runs:
+            results.append(measure(llm, workload, args.seed, namespace.temperature, limits, sequential=sequential))
+            emit(results[-1], namespace.output_json, more=len(results) > 1)
     print(table(THROUGHPUT_COLUMNS, results))
-    emit(results, namespace.output_json)
     return 0
 
 
@@ -111,7 +110,7 @@ def latency(namespace: argparse.Namespace) -> int:
             **machine(),
         }
     print(table(LATENCY_COLUMNS, [result]))
-    emit([result], namespace.output_json)
+    emit(result, namespace.output_json)
     return 0
 
 

@@ -57,12 +57,16 @@ def _show(value: object) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
-def emit(results: Sequence[Result], path: str | None) -> None:
-    """Prints one JSON line for each result, and writes them to `path`. Raises ConfigError when it cannot be written."""
-    lines = [json.dumps(result) for result in results]
-    print(*lines, sep="\n", flush=True)
+def emit(result: Result, path: str | None, *, more: bool = False) -> None:
+    """Prints a result as a JSON line, and writes it to `path`, with `more` behind those that it has.
+
+    Raises ConfigError when it cannot be written.
+    """
+    line = json.dumps(result)
+    print(line, flush=True)
     if path is not None:
         try:
-            Path(path).write_text("".join(f"{line}\n" for line in lines))
+            with Path(path).open("a" if more else "w") as file:
+                file.write(f"{line}\n")
         except OSError as error:
             raise ConfigError(f"--output-json {path} cannot be written: {error.strerror}") from None

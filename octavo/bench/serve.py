@@ -62,7 +62,7 @@ def run(namespace: argparse.Namespace) -> int:
     print(table(COLUMNS, metrics))
     for error in errors[:3]:
         print(f"failed: {error}")
-    emit([result], namespace.output_json)
+    emit(result, namespace.output_json)
     return 1 if errors else 0
 
 

@@ -30,6 +30,7 @@ class CacheManager:
         self.block_size = config.block_size
         self.prefix_caching = config.prefix_caching
         self.windows = [group.window for group in config.groups]
+        self._windowed = any(self.windows)
         self._window_blocks = [
             None if w is None else blocks_for(w - 1 + max_chunk + self.block_size, self.block_size)
             for w in self.windows
@@ -110,25 +111,24 @@ class CacheManager:
         self.computed += seq.num_computed
         self.capacity += seq.capacity
         seq.published = hit
-        seq.publish_at = seq.capacity + self.block_size
         return new
 
     def grow(self, seq: Sequence, tokens: int) -> NewBlocks | None:
         """Block tables that hold `tokens` tokens; None, and nothing done, when the pool lacks the pages."""
-        have = len(seq.blocks[0])
-        missing = blocks_for(tokens, self.block_size) - have
         new: NewBlocks = []
-        if missing > 0:
-            groups = len(seq.blocks)
-            if missing * groups > self.pool.num_free:
+        if tokens > seq.capacity:
+            tables, size = seq.blocks, self.block_size
+            have = len(tables[0])
+            missing = blocks_for(tokens, size) - have
+            if missing * len(tables) > self.pool.num_free:
                 return None
-            for group, table in enumerate(seq.blocks):
+            for group, table in enumerate(tables):
                 taken = self.pool.take(missing)
-                table.extend(taken)
+                table += taken
                 new.append((group, have, taken))
-            self.owned += missing * groups
-            self.capacity += missing * self.block_size
-            seq.capacity += missing * self.block_size
+            self.owned += missing * len(tables)
+            self.capacity += missing * size
+            seq.capacity += missing * size
         return new
 
     @property
@@ -142,6 +142,8 @@ class CacheManager:
         The step in flight may still read them; whoever gets them writes in a later step, and steps of a rank execute
         in order.
         """
+        if not self._windowed:
+            return
         for table, window in zip(seq.blocks, self.windows, strict=True):
             if window is None:
                 continue
@@ -163,7 +165,7 @@ class CacheManager:
         seq.blocks = []
         self.capacity -= seq.capacity
         self.computed -= seq.num_computed
-        seq.num_computed = seq.published = seq.capacity = seq.publish_at = 0
+        seq.num_computed = seq.published = seq.capacity = 0
 
     def publish(self, seq: Sequence) -> None:
         """Makes findable the full blocks whose tokens are known and whose KV is written or scheduled."""
@@ -171,12 +173,12 @@ class CacheManager:
         if seq.identity is None or full <= seq.published:
             return
         self._extend_digests(seq, full)
+        digests, publish = seq.digests, self.pool.publish
         for group, table in enumerate(seq.blocks):
             for i in range(seq.published, full):
                 if table[i]:
-                    self.pool.publish(table[i], (seq.digests[i], group))
+                    publish(table[i], (digests[i], group))
         seq.published = full
-        seq.publish_at = (full + 1) * self.block_size
 
     def unpublish(self, seq: Sequence) -> None:
         """Forgets the identity of every block of `seq`: a step that was to write some of them failed."""

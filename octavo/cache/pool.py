@@ -36,11 +36,13 @@ class BlockPool:
 
     def take(self, count: int) -> list[int]:
         """`count` pages, owned once each; the caller has checked `num_free`."""
-        assert count <= len(self._free), "the caller checks num_free before it takes"
-        blocks = [self._free.popitem(last=False)[0] for _ in range(count)]
+        free, keys, refs = self._free, self._keys, self._refs
+        assert count <= len(free), "the caller checks num_free before it takes"
+        blocks = [free.popitem(False)[0] for _ in range(count)]
         for block in blocks:
-            self._forget(block)
-            self._refs[block] = 1
+            if keys[block] is not None:
+                self._forget(block)
+            refs[block] = 1
         return blocks
 
     def lookup(self, key: Key) -> int | None:

@@ -44,8 +44,8 @@ class StructuredOutputs(msgspec.Struct, frozen=True, omit_defaults=True):
 
     `json` is a JSON Schema (draft 2020-12), as a dictionary or its text; `json_object` any JSON object; `regex` a
     regular expression that the whole text matches; `choice` one of some texts; `grammar` a context-free grammar in Lark
-    or GBNF syntax. `lead`, which servers write, has Lark rules for what may come before the constraint or instead of it,
-    which they call @then.
+    or GBNF syntax. `lead`, which servers write, has Lark rules for what may come before the constraint or instead of
+    it, which they call @then.
     Raises InvalidRequest (param "structured_outputs") for none, several or wrongly typed ones; what they say is checked
     when the request is admitted.
     """

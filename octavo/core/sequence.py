@@ -21,10 +21,10 @@ class Sequence:
     """One choice of one request."""
 
     __slots__ = (
-        "blocks", "cached_tokens", "capacity", "digests", "draft", "finish_reason", "first_token_at",
-        "identity", "index", "inflight", "kept_logprobs", "last_in_row", "leader", "limit", "num_computed",
-        "order", "params", "prompt_len", "prompt_logprobs", "publish_at", "published", "request", "row",
-        "scheduled_at", "seed", "status", "step", "stop_ids", "tokens", "whole",
+        "blocks", "cached_tokens", "capacity", "digests", "draft", "finish_reason", "first_token_at", "free_until",
+        "identity", "index", "inflight", "kept_logprobs", "last_in_row", "leader", "limit", "num_computed", "order",
+        "params", "prompt_len", "prompt_logprobs", "published", "quiet", "request", "row", "scheduled_at", "seed",
+        "status", "stop_ids", "tokens", "whole",
     )  # fmt: skip
 
     def __init__(
@@ -68,13 +68,13 @@ class Sequence:
         self.digests: list[bytes] = []
         self.published = 0
         """Leading blocks that are in the prefix cache."""
-        self.publish_at = 0
-        """`num_computed` from which another block is full."""
         self.capacity = 0
         """Tokens that the block tables have slots for."""
-        self.step = 0
-        """Number of the last step that holds this sequence."""
+        self.free_until = 0
+        """Below this `num_computed` a step of one token needs no block, is not the last, and has nothing to tell."""
         self.whole = request.whole
+        self.quiet = self.whole and not self.stop_ids and params.logprobs is None
+        """Nothing that it samples matters before its last token."""
         self.cached_tokens = 0
         self.scheduled_at = 0.0
         self.first_token_at = 0.0

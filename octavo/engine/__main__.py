@@ -25,7 +25,6 @@ from octavo.core.errors import OctavoError
 from octavo.core.request import Ready
 from octavo.engine.engine import Engine
 from octavo.engine.executor import executor_for
-from octavo.engine.lean import import_torch
 from octavo.engine.loop import Wire, last_words, run
 from octavo.kernels.compile import FLOAT, LIKELY, NATIVE, compile_soon
 
@@ -44,7 +43,6 @@ def _prepare() -> EngineConfig:
     gc.disable()
     with ThreadPoolExecutor(1) as reader:
         config = reader.submit(_read_config)
-        import_torch()
         import octavo.worker  # noqa: F401
     gc.freeze()
     gc.enable()

@@ -198,7 +198,10 @@ class RanksExecutor:
         """Ends the peers, and this rank's connections with them."""
         if self._worker is not None:
             self._peers.close()
-        self._links = self._worker = None
+        self._worker = None
+        if self._links is not None:
+            self._links.abort()  # a group's own ending would wait for the peers
+        self._links = None
 
 
 class _Result:

@@ -92,7 +92,7 @@ class EngineClient:
 
     async def receive(self) -> FromEngine:
         """The next message. Raises EngineDead when the process has ended and all it said has been received."""
-        receiving = asyncio.ensure_future(self._outbox.recv())
+        receiving: asyncio.Future[bytes] = asyncio.ensure_future(self._outbox.recv())
         try:
             if not receiving.done():
                 await asyncio.wait([receiving, self._exit], return_when=asyncio.FIRST_COMPLETED)

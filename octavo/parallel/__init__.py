@@ -1,7 +1,7 @@
 """How ranks share a model: communicators, layouts, frames from process to process.
 
-Start with `layout` (which part of a matrix a rank holds), then `comm`. Does not own number formats (`quant`), the
-layers that use both (`layers`) or which sizes work (`config.parallel`).
+Start with `layout` (which part of a matrix a rank holds), then `comm`, whose sums on GPUs `peer_memory` speeds up. Does
+not own number formats (`quant`), the layers that use both (`layers`) or which sizes work (`config.parallel`).
 """
 
 from __future__ import annotations

@@ -2,11 +2,13 @@
 
 `connect` builds a rank's links over torch.distributed's process groups, without its global state, so that engines (or
 ranks as threads of one process) do not meet. gloo serves CPUs, over the loopback device unless ranks are on several
-machines, and NCCL serves GPUs; nothing else differs. Does not own processes (`engine`) or what is sent when (`worker`).
+machines, and NCCL serves GPUs, with `peer_memory` for small sums. Does not own processes (`engine`) or what is sent
+when (`worker`).
 """
 
 from __future__ import annotations
 
+import os
 import socket
 from collections import deque
 from dataclasses import dataclass
@@ -16,12 +18,20 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import AllgatherOptions  # type: ignore[attr-defined]
 
 from octavo.config.parallel import Place
+from octavo.parallel.peer_memory import PeerMemory, share
 
 HOST = "127.0.0.1"
 FOREVER = timedelta(days=1)
 """Ranks wait for each other as long as it takes: one that dies is noticed by its connection, or by its process."""
+NCCL = {
+    "NCCL_NVLS_ENABLE": "0",  # NVLink multicast
+    "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",  # threads of torch's that would end the process when a peer dies
+    "TORCH_NCCL_ENABLE_MONITORING": "0",
+}
+"""Variables that are set before NCCL's first group, unless they are set."""
 
 
 class Comm(Protocol):
@@ -76,22 +86,34 @@ class GlooComm:
         return found
 
 
-class NcclComm:
-    """Ranks on GPUs. Nothing waits on the host, so steps can be captured as CUDA graphs."""
+class CudaComm:
+    """Ranks on GPUs. Nothing waits on the host, so steps can be captured as CUDA graphs.
 
-    def __init__(self, group: Any) -> None:
-        self._group = group
+    NCCL works on the current stream, and sums what `peers` declines. Of more than two ranks its sums may be rounded in
+    another order; they, too, are the same on each.
+    """
+
+    def __init__(self, group: Any, peers: PeerMemory | None = None) -> None:
+        self._group, self._peers = group, peers
         self.rank, self.size = group.rank(), group.size()
+        self._sum, self._join = dist.AllreduceOptions(), AllgatherOptions()
+        self._sum.asyncOp = self._join.asyncOp = False
 
     def all_reduce(self, x: Tensor) -> Tensor:
         x = x.contiguous()
-        self._group.allreduce([x]).wait()
+        if self._peers is not None and (summed := self._peers.all_reduce(x)) is not None:
+            return summed
+        self._group.allreduce([x], self._sum).wait()
         return x
 
     def all_gather(self, x: Tensor) -> Tensor:
         found = x.new_empty(self.size, *x.shape)
-        self._group._allgather_base(found, x.contiguous()).wait()
+        self._group._allgather_base(found, x.contiguous(), self._join).wait()
         return found.movedim(0, -2).flatten(-2)
+
+    def meet(self, device: torch.device) -> None:
+        """Connects now, when all are here: a graph cannot, and later one may come too late for the store's patience."""
+        self._group.allreduce([torch.zeros(1, device=device)], self._sum).wait()
 
 
 class Pipe:
@@ -122,6 +144,18 @@ class Pipe:
         """Begins to receive what the last stage samples; `wait` of the result waits for it."""
         return self._tokens.recv([into], self.place.stages - 1, 1)
 
+    def meet(self, device: torch.device) -> None:
+        """Connects every pair of ranks that will talk: down the stages, then from the last to the first."""
+        nothing, place = torch.zeros(1, device=device), self.place
+        if not place.first:
+            self.receive(nothing)
+        if not place.last:
+            self.send(nothing)
+        if place.last:
+            self.send_tokens(nothing)
+        if place.first:
+            self.receive_tokens(nothing).wait()
+
     def _keep(self, work: Any, tensor: Tensor) -> None:
         """Holds the tensor while it is on its way; what so many plans ago was sent has arrived.
 
@@ -144,11 +178,12 @@ class Links:
     pipe: Pipe | None
     """None: one stage."""
     groups: tuple[Any, ...] = ()
+    """What `abort` ends, in this order."""
     neighbours: tuple[int, int] = (0, 1)
     """(index, count): which of the ranks on its machine this is."""
 
     def abort(self) -> None:
-        """Frees a device that waits for ranks which are no more. From any thread; nothing works afterwards."""
+        """Ends all connections, and what a device waits for. From any thread; nothing works afterwards."""
         for group in self.groups:
             group.abort()
 
@@ -175,10 +210,12 @@ def connect(
     device: torch.device,
     host: str = HOST,
     neighbours: tuple[int, int] | None = None,
+    message: int = 0,
 ) -> Links:
     """Links of the rank at `place` with all others, which must connect as well, over a store that all of them see.
 
     `host` is the address at which the others reach this rank; without `neighbours` all ranks are on one machine.
+    Sums of up to `message` bytes may be made over peers' memory.
     """
 
     groups: list[Any] = []
@@ -189,18 +226,33 @@ def connect(
 
     comm: Comm = Single()
     if place.shards > 1:
-        shards = group(f"stage {place.stage}", place.shard, place.shards)
-        comm = NcclComm(shards) if device.type == "cuda" else GlooComm(shards)
+        name = f"stage {place.stage}"
+        shards = group(name, place.shard, place.shards)
+        if device.type == "cuda":
+            memory = dist.PrefixStore(f"{name} memory", store)  # type: ignore[attr-defined]
+            peers = share(memory, place.shard, place.shards, device, message) if message else None
+            if peers is not None:
+                groups.insert(0, peers)
+            comm = CudaComm(shards, peers)
+            comm.meet(device)
+        else:
+            comm = GlooComm(shards)
     pipe = None
     if place.stages > 1:
         stream, tokens = (group(f"{what} {place.shard}", place.stage, place.stages) for what in ("stream", "tokens"))
         pipe = Pipe(stream, tokens, place)
+        if device.type == "cuda":
+            pipe.meet(device)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
     here = neighbours or (place.stage * place.shards + place.shard, place.stages * place.shards)
     return Links(place, comm, pipe, tuple(groups), here)
 
 
 def _group(store: Any, rank: int, size: int, device: torch.device, host: str) -> Any:
     if device.type == "cuda":
+        for variable, value in NCCL.items():
+            os.environ.setdefault(variable, value)
         nccl = dist.ProcessGroupNCCL.Options()
         nccl._timeout = FOREVER
         return dist.ProcessGroupNCCL(store, rank, size, nccl)

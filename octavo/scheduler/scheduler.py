@@ -135,25 +135,28 @@ class Scheduler:
     def _close_decode(self, step: StepBuilder) -> list[Sequence]:
         """Schedules the sequences that are one token short; returns the other running ones.
 
-        The loop that runs for every sequence in every step: it does the least that a row inside its block needs.
+        The loop that runs for every sequence in every step: it touches the least of those that are free.
         """
         longer: list[Sequence] = []
-        decode, budget, number = step.decode, step.budget, step.number
+        decode = step.decode
         may_wait = self._proposer is not None or self.config.stages > 1
-        most = min(budget, -(-len(self._running) // self.config.stages))
+        most = min(step.budget, -(-len(self._running) // self.config.stages))
         for seq in self._running[:]:
-            if not seq.last_in_row:
-                longer.append(seq)
-                continue
-            if len(seq.tokens) + seq.inflight >= seq.limit or (may_wait and self._waits(seq)):
-                continue
-            if len(decode) == most:
-                continue
-            if seq.num_computed == seq.capacity and not self._make_room(step, seq, 1):
-                continue
+            if seq.num_computed >= seq.free_until or len(decode) == most:
+                if not seq.last_in_row:
+                    longer.append(seq)
+                    continue
+                known = len(seq.tokens) + seq.inflight
+                if known >= seq.limit or len(decode) == most or (may_wait and self._waits(seq)):
+                    continue
+                if seq.num_computed == seq.capacity and not self._make_room(step, seq, 1):
+                    continue
+                if seq.quiet and known + 1 < seq.limit:
+                    seq.free_until = 0 if may_wait else min(seq.capacity, seq.limit - 2)
+                else:
+                    step.telling.add(len(decode))
             seq.num_computed += 1
             seq.inflight += 1
-            seq.step = number
             decode.append(seq)
         step.budget -= len(decode)
         self.cache.computed += len(decode)
@@ -177,9 +180,11 @@ class Scheduler:
 
     def _make_room(self, step: StepBuilder, seq: Sequence, count: int) -> bool:
         """Grows the block tables by `count` tokens; False when the pool is dry and `seq` waits or was preempted."""
+        self.cache.publish(seq)
         self.cache.leave_behind(seq)
         while (new := self.cache.grow(seq, seq.num_computed + count)) is None:
-            victim = next((s for s in reversed(self._running) if s.step != step.number), None)
+            placed = set(step.members())
+            victim = next((s for s in reversed(self._running) if s not in placed), None)
             if victim is None:
                 return False
             assert len(self._running) > 1, "the pool holds one sequence of full length"
@@ -193,7 +198,6 @@ class Scheduler:
         """Puts a chunk of `count` tokens into the step."""
         start = seq.num_computed
         seq.num_computed += count
-        seq.step = step.number
         self.cache.computed += count
         step.budget -= count
         if seq.todo == 0:
@@ -276,6 +280,7 @@ class Scheduler:
 
     def _preempt(self, seq: Sequence) -> None:
         self.stats.preemptions += 1
+        self.cache.publish(seq)
         self._leave(seq)
         seq.status = Status.WAITING
         insort(self._preempted, seq, key=lambda s: s.order)
@@ -289,6 +294,7 @@ class Scheduler:
         self._retire.append(seq.row)
         self._rewind.pop(seq.row, None)
         seq.row = None
+        seq.free_until = 0
         seq.last_in_row = False
         seq.draft = []
 
@@ -302,21 +308,16 @@ class Scheduler:
             known = step.members[i].prompt_logprobs
             if known is not None:
                 known[position:] = entries
-        logprobs = result.logprobs
         firsts = result.tokens[:, 0].tolist()
         for i, seq in enumerate(step.sampled):
             seq.inflight -= 1
+            if i not in step.telling:  # an ended sequence may take one more, which nobody reads
+                seq.tokens.append(firsts[i])
+                continue
             if seq.finish_reason is not None:
                 continue
-            token, tokens = firsts[i], seq.tokens
-            quiet = seq.whole and i < step.num_decode and i not in logprobs
-            if quiet and token not in seq.stop_ids and len(tokens) + 1 < seq.limit:  # nothing to tell: the common case
-                tokens.append(token)
-                if seq.num_computed >= seq.publish_at:
-                    self.cache.publish(seq)
-                continue
-            sampled = [token] if i < step.num_decode else result.tokens[i, : result.num_tokens[i]].tolist()
-            delta = self._extend(seq, sampled, logprobs.get(i), now)
+            sampled = [firsts[i]] if i < step.num_decode else result.tokens[i, : result.num_tokens[i]].tolist()
+            delta = self._extend(seq, sampled, result.logprobs.get(i), now)
             if delta is not None:
                 deltas.append(delta)
         self.stats.generated_tokens += int(result.num_tokens.sum())
@@ -351,10 +352,10 @@ class Scheduler:
             delta.scheduled_at = seq.scheduled_at
             delta.first_token_at = seq.first_token_at if seq.whole else 0.0
             delta.prompt_logprobs = seq.prompt_logprobs if seq.index == 0 else None
+        if seq.status is Status.RUNNING:
+            self.cache.publish(seq)
         if reason is not None:
             self._end(seq, reason)
-        elif seq.status is Status.RUNNING:
-            self.cache.publish(seq)
         return None if seq.whole and reason is None else delta
 
     def _stop_reason(self, seq: Sequence, token: int) -> int | None:

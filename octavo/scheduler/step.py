@@ -6,7 +6,9 @@ stands where in a launched plan until its result is committed. Neither decides a
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
+from operator import attrgetter
 
 import numpy as np
 
@@ -14,14 +16,20 @@ from octavo.cache import NewBlocks
 from octavo.core.plan import Admit, Plan
 from octavo.core.sequence import Sequence
 
+_row = attrgetter("row")
+
 
 @dataclass(frozen=True, slots=True)
 class Inflight:
-    """A launched plan: `sampled` in the plan's order, the first `num_decode` of them without drafts or chunks."""
+    """A launched plan: `sampled` in the plan's order, the first `num_decode` of them without drafts or chunks.
+
+    The result matters at once for the indices into `sampled` in `telling`; the others only keep their token.
+    """
 
     sampled: list[Sequence]
     num_decode: int
     members: list[Sequence]
+    telling: Collection[int]
 
 
 @dataclass(slots=True)
@@ -31,6 +39,8 @@ class StepBuilder:
     number: int
     budget: int
     decode: list[Sequence] = field(default_factory=list)
+    telling: set[int] = field(default_factory=set)
+    """Indices into `decode` of those whose token ends them, or is to be told or looked at."""
     drafted: list[Sequence] = field(default_factory=list)
     closing: list[tuple[Sequence, int]] = field(default_factory=list)
     """(sequence, first position of its chunk): chunks that reach the sequence's end, so a token is sampled."""
@@ -52,6 +62,7 @@ class StepBuilder:
         return not (self.decode or self.drafted or self.closing or self.open)
 
     def plan(self, retire: list[int], rewind: list[tuple[int, int]]) -> Plan:
+        members = self.members()
         tokens: list[int] = []
         counts: list[int] = []
         for seq in self.drafted:
@@ -66,7 +77,7 @@ class StepBuilder:
             admit=self.admit,
             rewind=rewind,
             blocks=self.blocks,
-            rows=np.array([seq.row for seq in self.members()], np.int32),
+            rows=np.fromiter(map(_row, members), np.int32, len(members)),
             num_decode=len(self.decode),
             num_drafted=len(self.drafted),
             num_sampled=len(self.decode) + len(self.drafted) + len(self.closing),
@@ -76,4 +87,6 @@ class StepBuilder:
 
     def inflight(self) -> Inflight:
         sampled = self.decode + self.drafted + [seq for seq, _ in self.closing]
-        return Inflight(sampled, len(self.decode), self.members())
+        return Inflight(
+            sampled, len(self.decode), self.members(), self.telling.union(range(len(self.decode), len(sampled)))
+        )

@@ -14,6 +14,7 @@ from octavo.config.parallel import place_of
 from octavo.core.plan import Plan
 from octavo.parallel import Links, connect, join_store
 from octavo.worker.frames import Order, Sample, Start, decode_frame
+from octavo.worker.recorder import size_class
 from octavo.worker.worker import Forward, Worker
 
 
@@ -25,7 +26,9 @@ def join(start: Start, store: Any = None) -> Links:
         device = torch.device("cuda", config.device.index)
         torch.cuda.set_device(device)
     place = place_of(start.rank, parallel.tensor, parallel.pipeline)
-    return connect(place, store or join_store(*start.store), device, start.host, start.neighbours)
+    rows, dtype = size_class(config.scheduler.max_num_seqs), getattr(torch, config.dtype)
+    message = rows * config.model.hidden_size * dtype.itemsize
+    return connect(place, store or join_store(*start.store), device, start.host, start.neighbours, message)
 
 
 def load(start: Start) -> Worker:

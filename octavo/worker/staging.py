@@ -85,7 +85,7 @@ class StepClock:
 
 @dataclass(frozen=True)
 class Download:
-    """Tensors on their way to the host; `wait` returns them there, valid until `DEPTH` further downloads."""
+    """Tensors on their way to the host; `wait` returns them there, valid for as many downloads as are kept."""
 
     host: list[Tensor]
     event: Any
@@ -97,20 +97,20 @@ class Download:
 
 
 class Downloader:
-    """Copies tensors to the host without waiting, into pinned buffers that are used in turn."""
+    """Copies tensors to the host without waiting, into `kept` pinned buffers that are used in turn."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._buffers: list[Tensor] = [torch.empty(0, dtype=torch.uint8)] * DEPTH
+    def __init__(self, device: torch.device, kept: int = DEPTH) -> None:
+        self._device, self._kept = device, kept
+        self._buffers: list[Tensor] = [torch.empty(0, dtype=torch.uint8)] * kept
         self._events: list[Any] = []
         if device.type == "cuda":
-            self._events = [torch.cuda.Event() for _ in range(DEPTH)]  # type: ignore[no-untyped-call]
+            self._events = [torch.cuda.Event() for _ in range(kept)]  # type: ignore[no-untyped-call]
         self._turn = 0
 
     def __call__(self, tensors: Sequence[Tensor]) -> Download:
         if self._device.type == "cpu":
             return Download([tensor.clone() for tensor in tensors], None)
-        self._turn = turn = (self._turn + 1) % DEPTH
+        self._turn = turn = (self._turn + 1) % self._kept
         sizes = [-(-tensor.nbytes // _ALIGN) * _ALIGN for tensor in tensors]
         if self._buffers[turn].numel() < sum(sizes):
             self._buffers[turn] = torch.empty(max(2 * sum(sizes), 1 << 16), dtype=torch.uint8, pin_memory=True)

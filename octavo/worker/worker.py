@@ -33,7 +33,7 @@ from octavo.worker.layout import Layout, lay_out
 from octavo.worker.recorder import recorders_for
 from octavo.worker.rows import RowState
 from octavo.worker.stage import Stage
-from octavo.worker.staging import Download, Downloader, StepClock, Uploader
+from octavo.worker.staging import DEPTH, Download, Downloader, StepClock, Uploader
 
 Progress = Callable[[str, int, int], None]
 PROMPT_SLICE = 128
@@ -136,7 +136,8 @@ class Worker:
             keep=scheme.keeps,
         )
         max_blocks = blocks_for(scheduler.max_model_len, cache.block_size)
-        self._upload, self._download = Uploader(self._device), Downloader(self._device)
+        self._upload = Uploader(self._device)
+        self._download = Downloader(self._device, max(DEPTH, place.stages))
         self._rows = RowState(scheduler.max_num_seqs, max_blocks, len(cache.groups), self._device)
         self._stage = None if pipe is None else Stage(model, pipe, self._rows, facts.hidden_size, dtype)
         self._model: ForwardModel = self._stage or model

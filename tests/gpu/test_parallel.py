@@ -37,7 +37,8 @@ REPLAYS = 100
 
 def run_ranks(*arguments: list[str], seconds: float = SECONDS, overlap: bool = False) -> list[str]:
     """The last line that each process says, one a list of arguments; all are killed after `seconds`."""
-    env = os.environ | {"PYTHONPATH": str(ROOT), OVERLAP: str(int(overlap))}
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    env = os.environ | {"PYTHONPATH": path, OVERLAP: str(int(overlap))}
     processes = [
         subprocess.Popen([sys.executable, __file__, *given], env=env, stdout=subprocess.PIPE, text=True)
         for given in arguments

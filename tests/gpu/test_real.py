@@ -21,7 +21,14 @@ PROMPTS = json.loads((Path(__file__).parents[1] / "fixtures" / "smollm2-greedy.j
 
 def predictions(device: str, dtype: str) -> tuple[list[int], list[float]]:
     """Best token, and the log-probability of the recorded one, at each of the recorded answers' positions."""
-    llm = LLM(device=device, dtype=dtype, quantization="none", max_model_len=1024, skip_tokenizer_init=True)
+    llm = LLM(
+        device=device,
+        dtype=dtype,
+        quantization="none",
+        max_model_len=1024,
+        num_gpu_blocks_override=512,
+        skip_tokenizer_init=True,
+    )
     params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=1, detokenize=False)
     results = llm.generate([p["prompt_ids"] + p["tokens"] for p in PROMPTS], params, use_tqdm=False)
     best, own = [], []

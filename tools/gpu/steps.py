@@ -50,8 +50,9 @@ def start(llm: LLM, rows: int, length: int, steps: int) -> None:
     for i in range(rows):
         tokens = [rng.randrange(10_000) for _ in range(length)]
         llm.engine.add(Request(f"{rows}-{i}", tokens, params, 0.0, whole=True))
-    while any(len(seq.tokens) == seq.prompt_len for seq in llm.engine.scheduler.sequences()):
-        llm.engine.step()
+    engine: Any = llm.engine
+    while any(len(seq.tokens) == seq.prompt_len for seq in engine.scheduler.sequences()):
+        engine.step()
     torch.cuda.synchronize()
 
 

@@ -63,7 +63,7 @@ def norm_linear(
     y is silu_mul of the product, [T, out / 2]. Up to MATVEC_ROWS rows one kernel does it all; above, the normalised
     stream is written once and the product with its SwiGLU is one kernel, or two where cuBLAS multiplies.
     """
-    chosen = _config(x, weight)
+    chosen = _config(x, weight, gated)
     if chosen is not None and chosen.rows <= MATVEC_ROWS:
         return product(x, weight, bias, chosen, norm=Norm(residual, norm_weight, eps), gated=gated)
     if residual is None:
@@ -163,13 +163,13 @@ def product(
     return y, x
 
 
-def _config(x: Tensor, weight: Tensor) -> Config | None:
+def _config(x: Tensor, weight: Tensor, gated: bool = False) -> Config | None:
     """The launch for these operands; None where the kernels do not read their dtype or order."""
     if x.dim() != 2 or not x.shape[0] or x.dtype not in (torch.bfloat16, torch.float16):
         return None
     if not (x.is_cuda or INTERPRET) or not (x.is_contiguous() and weight.is_contiguous()):
         return None
-    return config(x.shape[0], *weight.shape)
+    return config(x.shape[0], *weight.shape, gated)
 
 
 @cache

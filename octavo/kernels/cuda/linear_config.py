@@ -58,11 +58,13 @@ TUNED: dict[tuple[int, int, int], Config | None] = {
 
 
 @cache
-def config(m: int, n: int, k: int) -> Config | None:
-    """The launch for m rows and an [n, k] matrix; None where cuBLAS is as fast."""
+def config(m: int, n: int, k: int, gated: bool = False) -> Config | None:
+    """The launch for m rows and an [n, k] matrix; None where cuBLAS is as fast. A gated one takes rows in pairs."""
     rows = rows_class(m)
     if (rows, n, k) in TUNED:
-        return TUNED[rows, n, k]
+        tuned = TUNED[rows, n, k]
+        if tuned is None or not (gated and tuned.block_n == 1):
+            return tuned
     if m > SKINNY_ROWS or k % 8 or (m > MATVEC_ROWS and n * k < SMALL):
         return None
     return _rule(rows, n, k)
