@@ -7,7 +7,7 @@ so that a backend can do them in the kernel that attends; a token's KV is writte
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -36,8 +36,9 @@ class AttnSpec:
 class AttentionBackend(Protocol):
     """Paged attention. `Meta` is the backend's own; the worker only carries it from `plan` to layers in batch.meta."""
 
-    replays: ClassVar[bool]
-    """Whether a decode step can be recorded: it reads the state on the device, and tables through `row_tables`."""
+    @property
+    def replays(self) -> bool:
+        """Whether it takes tables as `row_tables`, and a decode step can be recorded: all else is on the device."""
 
     def supports(self, spec: AttnSpec) -> str | None:
         """None for yes, otherwise the reason why not."""

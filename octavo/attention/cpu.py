@@ -8,7 +8,6 @@ to the reference.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import Tensor
 
@@ -35,11 +34,10 @@ class Meta:
 class CpuAttention:
     """AttentionBackend over octavo.kernels.cpu; every layer has the heads of the first spec."""
 
-    replays: ClassVar[bool] = True
-
     def __init__(self, kernels: Kernels, specs: tuple[AttnSpec, ...]) -> None:
         self._kernels, self._spec = kernels, specs[0]
         self._reference = reference.ReferenceAttention(kernels)
+        self.replays = self._spec.head_dim <= MAX_DIM
 
     def supports(self, spec: AttnSpec) -> str | None:
         return self._reference.supports(spec)

@@ -36,10 +36,14 @@ MAX_ARRIVALS = 1 << 16
 
 @dataclass(frozen=True)
 class Prefill:
-    """Rows with several query tokens: `programs` [N, 2] (row, first token); no launch: Hopper's kernel."""
+    """Rows with several query tokens: `programs` [N, 2] (row, first token); no launch: Hopper's kernel.
+
+    `q_start` counts tokens from the first of these rows.
+    """
 
     launch: attention_prefill.PrefillConfig | None
     programs: Tensor
+    q_start: Tensor
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,6 @@ class Meta:
     """Table line of each batch row; None: the row itself."""
     order: Tensor | None
     """Decode rows, longest first, where known."""
-    q_start: Tensor
     seq_lens: Tensor
     num_decode: int
     max_kv: int
@@ -97,7 +100,6 @@ class CudaAttention:
             tables[group.index],
             rows,
             batch.order,
-            batch.q_start,
             batch.seq_lens,
             batch.num_decode,
             max_kv,
@@ -115,24 +117,32 @@ class CudaAttention:
             launch = attention_prefill.config(int(q_lens.max()), sharing, spec.head_dim)
             tokens = launch.block_m // sharing
         listed = attention_prefill.tiles(np.arange(first, len(batch.q_lens)), q_lens, kv_lens, tokens)
-        return Prefill(launch, attention_prefill.upload(listed, batch.seq_lens.device))
+        q_start = batch.q_start - first if first else batch.q_start
+        return Prefill(launch, attention_prefill.upload(listed, batch.seq_lens.device), q_start)
 
     def attend(
         self, qkv: Tensor, cache: KVCache, meta: Meta, spec: AttnSpec, rotation: Rotation, norms: HeadNorms | None
     ) -> Tensor:
         out = torch.empty((qkv.shape[0], spec.num_heads, spec.head_dim), dtype=qkv.dtype, device=qkv.device)
-        if meta.prefill is None and rope.readable(qkv, rotation[0], cache.k, cache.v):
-            self._decode(qkv, cache, meta, spec, out, NewTokens(meta.slots, rotation, norms))
-            return out.flatten(1)
-        q = self._kernels.rope_norm_write_kv(qkv, spec.num_heads, rotation, norms, cache.k, cache.v, meta.slots)
-        if meta.num_decode:
-            self._decode(q[: meta.num_decode], cache, meta, spec, out[: meta.num_decode])
+        first, (cos, sin) = meta.num_decode, rotation
+
+        def write(tokens: slice) -> Tensor:
+            """Queries of these tokens, whose keys and values go to the cache."""
+            turn, slots = (cos[tokens], sin[tokens]), meta.slots[tokens]
+            return self._kernels.rope_norm_write_kv(qkv[tokens], spec.num_heads, turn, norms, cache.k, cache.v, slots)
+
+        if first:
+            if rope.readable(qkv, cos, cache.k, cache.v):
+                new = NewTokens(meta.slots[:first], (cos[:first], sin[:first]), norms)
+                self._decode(qkv[:first], cache, meta, spec, out[:first], new)
+            else:
+                self._decode(write(slice(first)), cache, meta, spec, out[:first], None)
         if meta.prefill is not None:
-            self._prefill(q, cache, meta, meta.prefill, spec, out)
+            self._prefill(write(slice(first, None)), cache, meta, meta.prefill, spec, out[first:])
         return out.flatten(1)
 
     def _decode(
-        self, q: Tensor, cache: KVCache, meta: Meta, spec: AttnSpec, out: Tensor, new: NewTokens | None = None
+        self, q: Tensor, cache: KVCache, meta: Meta, spec: AttnSpec, out: Tensor, new: NewTokens | None
     ) -> None:
         count, kv_heads = meta.num_decode, spec.num_kv_heads
         max_kv = meta.max_kv if spec.window is None else min(meta.max_kv, spec.window + spec.block_size)
@@ -155,7 +165,7 @@ class CudaAttention:
         )
 
     def _prefill(self, q: Tensor, cache: KVCache, meta: Meta, prefill: Prefill, spec: AttnSpec, out: Tensor) -> None:
-        rows = (meta.table, meta.rows, meta.q_start, meta.seq_lens, prefill.programs)
+        rows = (meta.table, meta.rows, prefill.q_start, meta.seq_lens, prefill.programs)
         if prefill.launch is not None:
             attention_prefill.prefill(
                 q, cache.k, cache.v, *rows, out, prefill.launch, scale=spec.scale, window=spec.window, pdl=pdl()

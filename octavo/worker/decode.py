@@ -25,7 +25,7 @@ from octavo.core.plan import Int32s
 from octavo.kernels import Kernels
 from octavo.sampling import Sampler
 from octavo.worker.recorder import Recorder, Unrecordable, size_class
-from octavo.worker.rows import RowState
+from octavo.worker.rows import RowState, longest_first
 from octavo.worker.staging import Uploader
 
 logger = logging.getLogger("octavo")
@@ -182,8 +182,7 @@ class DecodeSteps:
         padded = np.full(size, self._padding, np.int64)
         padded[: len(rows)] = rows
         if not np.array_equal(padded, self._current):
-            order = np.argsort(-self._state.host_computed[padded], kind="stable").astype(np.int32)
-            on_device, order_on_device = self._upload(padded, order)
+            on_device, order_on_device = self._upload(padded, longest_first(self._state.host_computed[padded]))
             self._rows[:size].copy_(on_device)
             self._order[:size].copy_(order_on_device)
             self._current = padded

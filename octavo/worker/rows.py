@@ -6,11 +6,19 @@ own state per row (`octavo.sampling`).
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from octavo.core.plan import Plan
 from octavo.worker.staging import Uploader
+
+
+def longest_first(lengths: NDArray[Any]) -> NDArray[np.int32]:
+    """Indices of rows of these lengths in the order that leaves no long row for the end."""
+    return np.argsort(-lengths, kind="stable").astype(np.int32)
 
 
 class RowState:

@@ -31,7 +31,7 @@ from octavo.weights import load_weights
 from octavo.worker.decode import DecodeSteps, ForwardModel
 from octavo.worker.layout import Layout, lay_out
 from octavo.worker.recorder import recorders_for
-from octavo.worker.rows import RowState
+from octavo.worker.rows import RowState, longest_first
 from octavo.worker.stage import Stage
 from octavo.worker.staging import DEPTH, Download, Downloader, StepClock, Uploader
 
@@ -217,7 +217,8 @@ class Worker:
     def _batch(self, plan: Plan, layout: Layout) -> tuple[Batch, Tensor]:
         """The ragged batch and its rows on the device; the rows' num_computed moves past it."""
         state, block_size = self._rows, self.config.cache.block_size
-        tokens, from_state, positions, row_of, q_start, logits_at, rows, seq_lens = self._upload(
+        kv_lens = layout.kv_lens
+        tokens, from_state, positions, row_of, q_start, logits_at, rows, seq_lens, order = self._upload(
             layout.tokens,
             layout.from_state,
             layout.positions,
@@ -225,21 +226,21 @@ class Worker:
             layout.q_start,
             layout.logits_at,
             plan.rows.astype(np.int64),
-            layout.kv_lens,
+            kv_lens,
+            longest_first(kv_lens[: plan.num_decode]),
         )
         if len(layout.from_state):
             tokens[from_state] = state.last_token[rows[: len(layout.from_state)]]
-        kv_lens = layout.kv_lens
         max_kv = int(kv_lens.max())
-        tables = tuple(table[rows, : blocks_for(max_kv, block_size)] for table in state.tables)
+        gathers = not self._attention.replays
         batch = Batch(
             tokens=tokens,
             positions=positions,
             row_of=row_of,
             q_start=q_start,
             seq_lens=seq_lens,
-            slots=tuple(self._kernels.slots(table, row_of, positions, block_size) for table in tables),
-            tables=tables,
+            slots=tuple(self._kernels.slots(table, rows[row_of], positions, block_size) for table in state.tables),
+            tables=tuple(table[rows, : blocks_for(max_kv, block_size)] for table in state.tables) if gathers else (),
             logits_at=logits_at,
             num_decode=plan.num_decode,
             max_q=int(layout.counts.max()),
@@ -247,6 +248,9 @@ class Worker:
             q_lens=layout.counts,
             kv_lens=kv_lens,
             kv=self._kv,
+            rows=None if gathers else rows,
+            row_tables=None if gathers else tuple(state.tables),
+            order=order,
         )
         state.num_computed[rows] = seq_lens.long()
         meta = tuple(self._attention.plan(batch, group) for group in self.config.cache.groups)

@@ -359,13 +359,11 @@ def decode(
     num_rows, heads, dim = out.shape
     page, kv_heads = k_cache.shape[1:3]
     group = heads // kv_heads
-    splits, block_n = launch.splits, launch.block_n
-    fused = launch.fused and splits > 1
+    splits, block_n, fused = launch.splits, launch.block_n, launch.fused
     assert k_cache.stride() == v_cache.stride()
     assert out.is_contiguous()
-    partial = out
-    if splits > 1:
-        partial = torch.empty(num_rows * heads * splits * (dim + 1), dtype=torch.float32, device=q.device)
+    parts = num_rows * heads * splits * (dim + 1) if splits > 1 else 0
+    partial = torch.empty(parts, dtype=torch.float32, device=q.device)
     if fused:
         assert arrivals is not None
         assert arrivals.numel() >= num_rows * kv_heads
