@@ -38,7 +38,7 @@ class AttentionBackend(Protocol):
 
     @property
     def replays(self) -> bool:
-        """Whether it takes tables as `row_tables`, and a decode step can be recorded: all else is on the device."""
+        """Whether a decode step can be recorded: all that varies is read on the device."""
 
     def supports(self, spec: AttnSpec) -> str | None:
         """None for yes, otherwise the reason why not."""

@@ -43,7 +43,7 @@ class Batch:
     slots: tuple[Tensor, ...]
     """Per group [T] int64: where each token's KV goes, block * block_size + offset."""
     tables: tuple[Tensor, ...]
-    """Per group [B, max_blocks] int32 block ids; freed and unused entries are 0, the padding block. () with rows."""
+    """Per group [B, max_blocks] int32 block ids; freed and unused entries are 0, the padding block. Or () with rows."""
     logits_at: Tensor
     """[S] int64 indices into T of the hidden states to project."""
     num_decode: int
@@ -58,11 +58,17 @@ class Batch:
     meta: tuple[Any, ...] = ()
     """Per group: what the attention backend's `plan` returned."""
     rows: Tensor | None = None
-    """[B] int64 row of each batch row in `row_tables`, for backends that need no gathered copy; None: see `tables`."""
+    """[B] int64 row of each batch row in `row_tables`; None: see `tables`."""
     row_tables: tuple[Tensor, ...] | None = None
     """Per group the row state's block tables [R+1, max_blocks] int32."""
     order: Tensor | None = None
     """[num_decode] int32 the decode rows, longest first: what runs in turns should begin with the longest."""
+
+    def table(self, group: int) -> Tensor:
+        """[B, max_blocks] int32, gathered where it is not there."""
+        if self.rows is None or self.row_tables is None:
+            return self.tables[group]
+        return self.row_tables[group][self.rows]
 
     def with_meta(self, meta: tuple[Any, ...]) -> Batch:
         return replace(self, meta=meta)

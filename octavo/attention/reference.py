@@ -109,7 +109,7 @@ def _plan_part(batch: Batch, group: KVGroup, rows: slice | Ints, first_token: in
     positions = positions.expand(len(newest), -1)  # [rows, L]; beyond the newest token they are hidden by the mask
     loaded = torch.minimum(positions, newest).clamp_min(0)
     block_size = cache.shape[1]
-    blocks = batch.tables[group.index][pick].gather(1, loaded // block_size)
+    blocks = batch.table(group.index)[pick].gather(1, loaded // block_size)
     slots = (blocks.to(torch.int64) * block_size + loaded % block_size).flatten()
     if first_token is not None and kv_len == q_len and (window is None or window >= q_len):
         return Part(tokens, slots, None, len(newest))

@@ -231,8 +231,6 @@ class Worker:
         )
         if len(layout.from_state):
             tokens[from_state] = state.last_token[rows[: len(layout.from_state)]]
-        max_kv = int(kv_lens.max())
-        gathers = not self._attention.replays
         batch = Batch(
             tokens=tokens,
             positions=positions,
@@ -240,16 +238,16 @@ class Worker:
             q_start=q_start,
             seq_lens=seq_lens,
             slots=tuple(self._kernels.slots(table, rows[row_of], positions, block_size) for table in state.tables),
-            tables=tuple(table[rows, : blocks_for(max_kv, block_size)] for table in state.tables) if gathers else (),
+            tables=(),
             logits_at=logits_at,
             num_decode=plan.num_decode,
             max_q=int(layout.counts.max()),
-            max_kv=max_kv,
+            max_kv=int(kv_lens.max()),
             q_lens=layout.counts,
             kv_lens=kv_lens,
             kv=self._kv,
-            rows=None if gathers else rows,
-            row_tables=None if gathers else tuple(state.tables),
+            rows=rows,
+            row_tables=tuple(state.tables),
             order=order,
         )
         state.num_computed[rows] = seq_lens.long()

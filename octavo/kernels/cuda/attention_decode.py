@@ -364,7 +364,7 @@ def decode(
     assert out.is_contiguous()
     parts = num_rows * heads * splits * (dim + 1) if splits > 1 else 0
     partial = torch.empty(parts, dtype=torch.float32, device=q.device)
-    if fused:
+    if fused and splits > 1:
         assert arrivals is not None
         assert arrivals.numel() >= num_rows * kv_heads
     slots, (cos, sin), norms = (seq_lens, (out, out), None) if new is None else (new.slots, new.rotation, new.norms)
