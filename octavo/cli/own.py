@@ -67,7 +67,8 @@ def own_server(args: EngineArgs) -> Iterator[tuple[str, str]]:
     """
     from octavo.formats.locate import DEFAULT_MODEL
     from octavo.server.backend import ServerSettings
-    from octavo.server.run import Stop, bind, serve_app, url_of
+    from octavo.server.listen import bind, url_of
+    from octavo.server.run import Stop, serve_app
 
     key = secrets.token_urlsafe()
     settings = ServerSettings(served_model_names=(args.model or DEFAULT_MODEL,), api_keys=(key,))

@@ -1,6 +1,7 @@
-"""`octavo serve`: starts the engine, binds the port, serves until Ctrl-C. The work is `frontend`'s and `server`'s.
+"""`octavo serve`: binds the port, starts the engine, serves until Ctrl-C. The work is `frontend`'s and `server`'s.
 
-The engine's process comes first and gets its configuration early: importing torch and compiling kernels take longest.
+The engine's process comes before all else that takes long, and gets its configuration early: importing torch and
+compiling kernels take longest.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import json
 import logging
 import os
 import shlex
+import socket
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +22,7 @@ from octavo.config.args import EngineArgs, ServerArgs
 from octavo.config.flags import parse_given
 from octavo.core.errors import ConfigError
 from octavo.frontend.launch import EngineProcess
+from octavo.server.listen import bind
 
 if TYPE_CHECKING:
     from octavo.frontend import AsyncLLM
@@ -35,26 +38,29 @@ def run(namespace: argparse.Namespace) -> int:
     template = None if server.chat_template is None else read_template(server.chat_template)
     log_to_stderr(logging.INFO, dropped)
 
-    process = EngineProcess()
-    try:
-        _serve(process, engine, server, template)
-    finally:
-        process.close()
+    with bind(server.host, server.port) as sock:
+        process = EngineProcess()
+        try:
+            _serve(sock, process, engine, server, template)
+        finally:
+            process.close()
     return 0
 
 
-def _serve(process: EngineProcess, engine: EngineArgs, server: ServerArgs, template: str | None) -> None:
+def _serve(
+    sock: socket.socket, process: EngineProcess, engine: EngineArgs, server: ServerArgs, template: str | None
+) -> None:
     from octavo.frontend.startup import resolve_config
 
     process.configure(resolve_config(engine))
 
     from octavo.formats.locate import DEFAULT_MODEL
     from octavo.server.backend import ServerSettings
-    from octavo.server.run import bind, serve
+    from octavo.server.run import serve
 
     names = server.served_model_name or (engine.model or DEFAULT_MODEL,)
     serve(
-        bind(server.host, server.port),
+        sock,
         lambda: _start(process, engine, template),
         ServerSettings(
             served_model_names=names,

@@ -1,6 +1,6 @@
-"""From a bound port to a served app and back. Owns sockets, signals and the order of start and end.
+"""From a bound port to a served app and back. Owns signals and the order of start and end.
 
-bind (a busy port shows at once) -> start the backend (seconds) -> accept -> on_ready
+bind (`listen`: a busy port shows at once) -> start the backend (seconds) -> accept -> on_ready
 SIGINT/SIGTERM -> no new connections -> open requests finish, after the grace they end -> backend.shutdown
 """
 
@@ -18,10 +18,10 @@ from typing import Any
 
 import uvicorn
 
-from octavo.core.errors import ConfigError
 from octavo.server.app import create_app
 from octavo.server.backend import Backend, ServerSettings
 from octavo.server.context import Context
+from octavo.server.listen import url_of
 
 _KEEP_ALIVE_SECONDS = 75
 _FLUSH_SECONDS = 1.0
@@ -29,38 +29,6 @@ _FLUSH_SECONDS = 1.0
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _SWITCH_SECONDS = 0.001
 """After which a thread that prepares a request lets the event loop go on, so that streams flow meanwhile."""
-
-
-def bind(host: str, port: int) -> socket.socket:
-    """A listening TCP socket; port 0 takes a free one. Clients that connect early wait until the server is ready.
-
-    Raises ConfigError when the address cannot be had.
-    """
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-    except (OSError, UnicodeError) as error:
-        raise ConfigError(f"--host is {host!r}, which is no address of this machine: {error}") from None
-    sock = socket.socket(family, kind, protocol)
-    try:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        sock.bind(address)
-        sock.listen(2048)
-    except OSError as error:
-        sock.close()
-        raise ConfigError(
-            f"cannot listen on {host}:{port}: {error.strerror or error}; choose another with --host or --port"
-        ) from None
-    sock.setblocking(False)
-    return sock
-
-
-def url_of(sock: socket.socket) -> str:
-    """Where a client on this machine reaches the server."""
-    host, port = sock.getsockname()[:2]
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def serve(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from inspect import signature
 from itertools import pairwise
 from typing import Any
 
@@ -88,12 +89,9 @@ def models(case: str) -> tuple[Runner, Any]:
 
 @torch.no_grad()
 def one_by_one(model: Any, ids: list[int]) -> Tensor:
-    past, rows = None, []
-    for i in ids:
-        out = model(torch.tensor([[i]]), past_key_values=past, use_cache=True)
-        past = out.past_key_values
-        rows.append(out.logits[0, 0])
-    return torch.stack(rows)
+    name = "cache" if "cache" in signature(model.forward).parameters else "past_key_values"  # before transformers 5.24
+    past = {name: transformers.DynamicCache(config=model.config)}
+    return torch.stack([model(torch.tensor([[i]]), **past, use_cache=True).logits[0, 0] for i in ids])
 
 
 @pytest.mark.parametrize("case", CASES)
