@@ -154,7 +154,7 @@ class Scheduler:
                 if seq.quiet and known + 1 < seq.limit:
                     seq.free_until = 0 if may_wait else min(seq.capacity, seq.limit - 2)
                 else:
-                    step.telling.add(len(decode))
+                    step.telling.add(seq)
             seq.num_computed += 1
             seq.inflight += 1
             decode.append(seq)
@@ -311,7 +311,7 @@ class Scheduler:
         firsts = result.tokens[:, 0].tolist()
         for i, seq in enumerate(step.sampled):
             seq.inflight -= 1
-            if i not in step.telling:  # an ended sequence may take one more, which nobody reads
+            if seq not in step.telling:  # an ended sequence may take one more, which nobody reads
                 seq.tokens.append(firsts[i])
                 continue
             if seq.finish_reason is not None:

@@ -6,7 +6,6 @@ stands where in a launched plan until its result is committed. Neither decides a
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import dataclass, field
 from operator import attrgetter
 
@@ -23,13 +22,13 @@ _row = attrgetter("row")
 class Inflight:
     """A launched plan: `sampled` in the plan's order, the first `num_decode` of them without drafts or chunks.
 
-    The result matters at once for the indices into `sampled` in `telling`; the others only keep their token.
+    The result matters at once for those in `telling`; the others only keep their token.
     """
 
     sampled: list[Sequence]
     num_decode: int
     members: list[Sequence]
-    telling: Collection[int]
+    telling: set[Sequence]
 
 
 @dataclass(slots=True)
@@ -39,8 +38,8 @@ class StepBuilder:
     number: int
     budget: int
     decode: list[Sequence] = field(default_factory=list)
-    telling: set[int] = field(default_factory=set)
-    """Indices into `decode` of those whose token ends them, or is to be told or looked at."""
+    telling: set[Sequence] = field(default_factory=set)
+    """Those of `decode` whose token ends them, or is to be told or looked at."""
     drafted: list[Sequence] = field(default_factory=list)
     closing: list[tuple[Sequence, int]] = field(default_factory=list)
     """(sequence, first position of its chunk): chunks that reach the sequence's end, so a token is sampled."""
@@ -86,7 +85,5 @@ class StepBuilder:
         )
 
     def inflight(self) -> Inflight:
-        sampled = self.decode + self.drafted + [seq for seq, _ in self.closing]
-        return Inflight(
-            sampled, len(self.decode), self.members(), self.telling.union(range(len(self.decode), len(sampled)))
-        )
+        others = self.drafted + [seq for seq, _ in self.closing]
+        return Inflight(self.decode + others, len(self.decode), self.members(), self.telling.union(others))

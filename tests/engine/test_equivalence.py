@@ -44,6 +44,7 @@ def requests(n: int) -> list[Request]:
             prompt,
             SamplingParams(n=n, temperature=i % 2 * 0.8, seed=i, max_tokens=4 + 3 * (i % 3), ignore_eos=i % 3 == 0),
             0.0,
+            whole=i % 3 != 1,
         )
         for i, prompt in enumerate(prompts)
     ]

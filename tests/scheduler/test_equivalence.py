@@ -25,6 +25,7 @@ def requests(n: int) -> list[Request]:
             prompt,
             SamplingParams(n=n, temperature=float(i % 2), seed=i, max_tokens=5 + 3 * (i % 4), ignore_eos=i % 3 == 0),
             0.0,
+            whole=i % 3 != 1,
         )
         for i, prompt in enumerate(prompts)
     ]

@@ -58,10 +58,11 @@ class SchedulerMachine(RuleBasedStateMachine):
         tokens=st.integers(1, 10),
         seed=st.integers(0, 3),
         ignore_eos=st.booleans(),
+        whole=st.booleans(),
     )
-    def arrive(self, prompt: list[int], n: int, tokens: int, seed: int, ignore_eos: bool) -> None:
+    def arrive(self, prompt: list[int], n: int, tokens: int, seed: int, ignore_eos: bool, whole: bool) -> None:
         params = SamplingParams(n=n, temperature=float(seed % 2), seed=seed, max_tokens=tokens, ignore_eos=ignore_eos)
-        request = Request(str(len(self.requests)), prompt, params, 0.0)
+        request = Request(str(len(self.requests)), prompt, params, 0.0, whole=whole)
         self.requests[request.id] = request
         for index in range(n):
             self.got[request.id, index] = []
