@@ -26,3 +26,13 @@ def dependent(request: pytest.FixtureRequest) -> Iterator[bool]:
 def dtype(request: pytest.FixtureRequest) -> torch.dtype:
     value: torch.dtype = request.param
     return value
+
+
+@pytest.fixture
+def poisoned() -> None:
+    """Free memory is full of NaN, so that what a kernel does not write is seen."""
+    torch.manual_seed(0)
+    for size in (1 << 12, 1 << 16, 1 << 20, 1 << 24):
+        for dtype in (torch.bfloat16, torch.float32):
+            full = [torch.full((size,), torch.nan, dtype=dtype, device="cuda") for _ in range(4)]
+            del full

@@ -13,7 +13,9 @@ from octavo.kernels import reference
 from octavo.kernels.cuda.launch import without_pdl
 from octavo.kernels.cuda.linear import Norm, _arrivals, linear, norm_linear, product
 from octavo.kernels.cuda.linear_config import Config
+from tests.support.gpu import draw
 
+pytestmark = pytest.mark.usefixtures("poisoned")
 EPS = 1e-5
 HALF = (torch.bfloat16, torch.float16)
 TOLERANCE = {torch.bfloat16: 6e-3, torch.float16: 8e-4, torch.float32: 1e-5}
@@ -30,20 +32,6 @@ LAUNCHES = [
     Config(64, 128, 64, stages=4, split=4, trigger=2),
     Config(128, 128, 64, 8, stages=3, split=2),
 ]
-
-
-@pytest.fixture(autouse=True)
-def _poison() -> None:
-    """Free memory is full of NaN, so that what a kernel does not write is seen."""
-    torch.manual_seed(0)
-    for size in (1 << 12, 1 << 16, 1 << 20, 1 << 24):
-        for dtype in (torch.bfloat16, torch.float32):
-            full = [torch.full((size,), torch.nan, dtype=dtype, device="cuda") for _ in range(4)]
-            del full
-
-
-def draw(*shape: int, dtype: torch.dtype = torch.bfloat16, scale: float = 1.0) -> Tensor:
-    return (torch.randn(shape, device="cuda") * scale).to(dtype)
 
 
 def exact(x: Tensor, weight: Tensor, bias: Tensor | None, norm: Norm | None, gated: bool) -> tuple[Tensor, Tensor]:

@@ -12,8 +12,10 @@ if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
 from octavo.kernels import reference
 from octavo.kernels.cuda.launch import without_pdl
 from octavo.kernels.cuda.linear_hopper import HopperConfig, covers, hopper_linear
+from tests.support.gpu import draw
 
 TOLERANCE = {torch.bfloat16: 4e-3, torch.float16: 6e-4}
+pytestmark = pytest.mark.usefixtures("poisoned")
 LAUNCHES = [
     HopperConfig(False, 2, 64, 256, 4),
     HopperConfig(False, 2, 128, 128, 4, 1, band=3),
@@ -22,20 +24,6 @@ LAUNCHES = [
     HopperConfig(True, 2, 64, 64, 8),
     HopperConfig(True, 1, 64, 64, 12),
 ]
-
-
-@pytest.fixture(autouse=True)
-def _poison() -> None:
-    """Free memory is full of NaN, so that what a kernel does not write is seen."""
-    torch.manual_seed(0)
-    for size in (1 << 12, 1 << 16, 1 << 20, 1 << 24):
-        for dtype in (torch.bfloat16, torch.float32):
-            full = [torch.full((size,), torch.nan, dtype=dtype, device="cuda") for _ in range(4)]
-            del full
-
-
-def draw(*shape: int, dtype: torch.dtype = torch.bfloat16, scale: float = 1.0) -> Tensor:
-    return (torch.randn(shape, device="cuda") * scale).to(dtype)
 
 
 def verify(x: Tensor, weight: Tensor, bias: Tensor | None, gated: bool, config: HopperConfig) -> None:
