@@ -10,8 +10,8 @@ are (digest, group).
 
 from __future__ import annotations
 
-from array import array
 from hashlib import blake2b
+from struct import Struct
 
 from octavo.cache.pool import BlockPool
 from octavo.config.engine import CacheConfig
@@ -28,6 +28,7 @@ class CacheManager:
     def __init__(self, config: CacheConfig, max_chunk: int) -> None:
         self.pool = BlockPool(config.num_blocks)
         self.block_size = config.block_size
+        self._packed = Struct(f"{config.block_size}i").pack
         self.prefix_caching = config.prefix_caching
         self.windows = [group.window for group in config.groups]
         self._windowed = any(self.windows)
@@ -115,20 +116,21 @@ class CacheManager:
 
     def grow(self, seq: Sequence, tokens: int) -> NewBlocks | None:
         """Block tables that hold `tokens` tokens; None, and nothing done, when the pool lacks the pages."""
+        if tokens <= seq.capacity:
+            return []
+        tables, size = seq.blocks, self.block_size
+        have = len(tables[0])
+        missing = -(-tokens // size) - have
+        if missing * len(tables) > self.pool.num_free:
+            return None
         new: NewBlocks = []
-        if tokens > seq.capacity:
-            tables, size = seq.blocks, self.block_size
-            have = len(tables[0])
-            missing = blocks_for(tokens, size) - have
-            if missing * len(tables) > self.pool.num_free:
-                return None
-            for group, table in enumerate(tables):
-                taken = self.pool.take(missing)
-                table += taken
-                new.append((group, have, taken))
-            self.owned += missing * len(tables)
-            self.capacity += missing * size
-            seq.capacity += missing * size
+        for group, table in enumerate(tables):
+            taken = self.pool.take(missing)
+            table += taken
+            new.append((group, have, taken))
+        self.owned += missing * len(tables)
+        self.capacity += missing * size
+        seq.capacity += missing * size
         return new
 
     @property
@@ -167,15 +169,21 @@ class CacheManager:
         self.computed -= seq.num_computed
         seq.num_computed = seq.published = seq.capacity = 0
 
-    def publish(self, seq: Sequence) -> None:
-        """Makes findable the full blocks whose tokens are known and whose KV is written or scheduled."""
-        full = min(seq.num_computed, len(seq.tokens)) // self.block_size
-        if seq.identity is None or full <= seq.published:
+    def publish(self, seq: Sequence, least: int = 1) -> None:
+        """Makes findable the full blocks whose tokens are known and whose KV is written or scheduled.
+
+        Does nothing when they are fewer than `least`; several at a time take little more than one.
+        """
+        size, published = self.block_size, seq.published
+        if seq.identity is None or seq.capacity < (published + least) * size:
+            return
+        full = min(seq.num_computed, len(seq.tokens)) // size
+        if full < published + least:
             return
         self._extend_digests(seq, full)
         digests, publish = seq.digests, self.pool.publish
         for group, table in enumerate(seq.blocks):
-            for i in range(seq.published, full):
+            for i in range(published, full):
                 if table[i]:
                     publish(table[i], (digests[i], group))
         seq.published = full
@@ -192,6 +200,6 @@ class CacheManager:
         size, digests = self.block_size, seq.digests
         parent = digests[-1] if digests else seq.identity
         for i in range(len(digests), count):
-            tokens = array("i", seq.tokens[i * size : (i + 1) * size]).tobytes()
+            tokens = self._packed(*seq.tokens[i * size : (i + 1) * size])
             parent = blake2b(parent + tokens, digest_size=16).digest()
             digests.append(parent)

@@ -1,7 +1,8 @@
 """Host truth of one generation. The scheduler and, for blocks, the cache manager are its only writers.
 
 A request of n choices is n sequences. A sequence knows how far its KV has come (`num_computed`) and how many tokens
-there are (`tokens`, plus those in flight); everything the scheduler does is close that gap.
+there are (`known`: `tokens`, plus those in flight); all that the scheduler does is close that gap. Those that gain one
+of both in every step can ride with a common clock, so that no step has to count for each of them.
 """
 
 from __future__ import annotations
@@ -17,14 +18,27 @@ class Status(Enum):
     FINISHED = "finished"
 
 
+class Clock:
+    """Counts the tokens that all who ride with it have gained."""
+
+    __slots__ = ("now",)
+
+    def __init__(self) -> None:
+        self.now = 0
+
+
+STILL = Clock()
+"""Stands: the clock of sequences that ride with none."""
+
+
 class Sequence:
     """One choice of one request."""
 
     __slots__ = (
-        "blocks", "cached_tokens", "capacity", "digests", "draft", "finish_reason", "first_token_at", "free_until",
-        "identity", "index", "inflight", "kept_logprobs", "last_in_row", "leader", "limit", "num_computed", "order",
-        "params", "prompt_len", "prompt_logprobs", "published", "quiet", "request", "row", "scheduled_at", "seed",
-        "status", "stop_ids", "tokens", "whole",
+        "_clock", "_computed", "_known", "blocks", "cached_tokens", "capacity", "digests", "draft", "finish_reason",
+        "first_token_at", "identity", "index", "kept_logprobs", "last_in_row", "leader", "limit", "order", "params",
+        "prompt_len", "prompt_logprobs", "published", "quiet", "request", "row", "scheduled_at", "seed", "status",
+        "stop_ids", "tokens", "whole",
     )  # fmt: skip
 
     def __init__(
@@ -55,10 +69,9 @@ class Sequence:
         self.row: int | None = None
         self.last_in_row = False
         """The row's state holds, or will when the step in flight ends, the last token."""
-        self.num_computed = 0
-        """Tokens whose KV is written or scheduled to be."""
-        self.inflight = 0
-        """Steps launched that sample for this sequence and are not committed."""
+        self._clock = STILL
+        self._computed = 0
+        self._known = self.prompt_len
         self.draft: list[int] = []
         """Proposed tokens being verified in flight."""
         self.blocks: list[list[int]] = []
@@ -70,8 +83,6 @@ class Sequence:
         """Leading blocks that are in the prefix cache."""
         self.capacity = 0
         """Tokens that the block tables have slots for."""
-        self.free_until = 0
-        """Below this `num_computed` a step of one token needs no block, is not the last, and has nothing to tell."""
         self.whole = request.whole
         self.quiet = self.whole and not self.stop_ids and params.logprobs is None
         """Nothing that it samples matters before its last token."""
@@ -83,10 +94,44 @@ class Sequence:
         self.prompt_logprobs: list[TokenLogprobs | None] | None = None if params.prompt_logprobs is None else [None]
         self.finish_reason: FinishReason | None = None
 
+    def ride(self, clock: Clock) -> None:
+        """From now on `num_computed` and `known` advance with `clock`."""
+        gained = self._clock.now - clock.now
+        self._computed += gained
+        self._known += gained
+        self._clock = clock
+
+    @property
+    def riding(self) -> bool:
+        return self._clock is not STILL
+
+    @property
+    def num_computed(self) -> int:
+        """Tokens whose KV is written or scheduled to be."""
+        return self._computed + self._clock.now
+
+    @num_computed.setter
+    def num_computed(self, count: int) -> None:
+        self._computed = count - self._clock.now
+
+    @property
+    def known(self) -> int:
+        """Tokens there are, one for each step in flight that samples for this sequence counted in."""
+        return self._known + self._clock.now
+
+    @known.setter
+    def known(self, count: int) -> None:
+        self._known = count - self._clock.now
+
+    @property
+    def inflight(self) -> int:
+        """Steps launched that sample for this sequence and are not committed."""
+        return self.known - len(self.tokens)
+
     @property
     def todo(self) -> int:
         """The gap: tokens known or in flight whose KV is not scheduled."""
-        return len(self.tokens) + self.inflight - self.num_computed
+        return self.known - self.num_computed
 
     @property
     def num_generated(self) -> int:

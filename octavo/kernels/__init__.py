@@ -36,6 +36,11 @@ class Kernels(Protocol):
     ) -> None:
         """Lays out a step of one token a row: see `reference_batch.prepare_decode`."""
 
+    def apply_diffs(
+        self, tables: Tensor, places: Tensor, blocks: Tensor, num_computed: Tensor, rows: Tensor, values: Tensor
+    ) -> None:
+        """What changed of the rows' state: see `reference_batch.apply_diffs`."""
+
     def slots(self, table: Tensor, row_of: Tensor, positions: Tensor, block_size: int) -> Tensor:
         """[T] int64: block * block_size + offset of each token's KV."""
 

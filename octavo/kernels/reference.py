@@ -9,12 +9,13 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from octavo.kernels.reference_batch import prepare_decode, slots, verify
+from octavo.kernels.reference_batch import apply_diffs, prepare_decode, slots, verify
 from octavo.kernels.reference_sampling import apply_masks, apply_penalties, sample, sample_rows, top_logprobs
 
 __all__ = [
     "add_linear",
     "add_rms_norm",
+    "apply_diffs",
     "apply_masks",
     "apply_penalties",
     "embedding",

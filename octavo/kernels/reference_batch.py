@@ -41,6 +41,18 @@ def prepare_decode(
     num_computed[rows] = begin + (~padding).long()
 
 
+def apply_diffs(
+    tables: Tensor, places: Tensor, blocks: Tensor, num_computed: Tensor, rows: Tensor, values: Tensor
+) -> None:
+    """tables.view(-1)[places] = blocks and num_computed[rows] = values.
+
+    tables [G, R+1, max_blocks] int32 contiguous; places [N] int64 without repeats, blocks [N] int32; num_computed
+    [R+1], rows without repeats and values [M] int64.
+    """
+    tables.view(-1)[places] = blocks
+    num_computed[rows] = values
+
+
 def slots(table: Tensor, row_of: Tensor, positions: Tensor, block_size: int) -> Tensor:
     """[T] int64: block * block_size + offset of each token's KV. table [B, max_blocks] int32: the batch's blocks."""
     blocks = table[row_of, positions // block_size].long()

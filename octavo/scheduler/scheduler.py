@@ -26,6 +26,7 @@ from bisect import insort
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator
 from itertools import chain
+from operator import attrgetter
 from random import Random
 
 import msgspec
@@ -35,10 +36,13 @@ from octavo.config.engine import SchedulerConfig
 from octavo.core.plan import Admit, Plan, StepResult
 from octavo.core.request import Delta, FinishReason, Request, Stats, TokenLogprobs
 from octavo.core.sequence import Sequence, Status
+from octavo.scheduler.riders import Crew, Riders
 from octavo.scheduler.seams import Constraint, Proposer, SiblingsShare
 from octavo.scheduler.step import Inflight, StepBuilder
 
 _UINT64 = 2**64
+PUBLISHED_TOGETHER = 4
+"""Blocks of generated tokens that become findable at once; the last ones when their sequence ends."""
 
 
 class Scheduler:
@@ -72,6 +76,7 @@ class Scheduler:
         self._free_rows = list(range(config.max_num_seqs - 1, -1, -1))
         self._retire: list[int] = []
         self._rewind: dict[int, int] = {}
+        self._riders = Riders()
         self._inflight: deque[Inflight] = deque()
         self._order = 0
         self._steps = 0
@@ -133,34 +138,40 @@ class Scheduler:
         return self._inflight[-1].sampled
 
     def _close_decode(self, step: StepBuilder) -> list[Sequence]:
-        """Schedules the sequences that are one token short; returns the other running ones.
-
-        The loop that runs for every sequence in every step: it touches the least of those that are free.
-        """
-        longer: list[Sequence] = []
-        decode = step.decode
-        may_wait = self._proposer is not None or self.config.stages > 1
-        most = min(step.budget, -(-len(self._running) // self.config.stages))
-        for seq in self._running[:]:
-            if seq.num_computed >= seq.free_until or len(decode) == most:
+        """Schedules the sequences that are one token short; returns the other running ones."""
+        riders, longer = self._riders, []
+        attend = riders.due()
+        if len(riders) < len(self._running):
+            most = min(step.budget, -(-len(self._running) // self.config.stages)) - len(riders)
+            ready: list[Sequence] = []
+            for seq in self._running:
                 if not seq.last_in_row:
                     longer.append(seq)
-                    continue
-                known = len(seq.tokens) + seq.inflight
-                if known >= seq.limit or len(decode) == most or (may_wait and self._waits(seq)):
-                    continue
-                if seq.num_computed == seq.capacity and not self._make_room(step, seq, 1):
-                    continue
-                if seq.quiet and known + 1 < seq.limit:
-                    seq.free_until = 0 if may_wait else min(seq.capacity, seq.limit - 2)
-                else:
-                    step.telling.add(seq)
-            seq.num_computed += 1
-            seq.inflight += 1
-            decode.append(seq)
-        step.budget -= len(decode)
-        self.cache.computed += len(decode)
+                elif len(ready) < most and not seq.riding and seq.known < seq.limit and not self._waits(seq):
+                    ready.append(seq)
+            attend = sorted(attend + ready, key=attrgetter("order"))
+        for seq in attend:
+            if seq.row is not None:  # else preempted for one before it
+                self._attend(step, seq)
+        step.telling |= riders.telling
+        step.take(riders.advance())
+        self.cache.computed += len(step.decode)
+        if self._proposer is not None or self.config.stages > 1:  # who goes on is decided anew
+            riders.clear()
         return longer
+
+    def _attend(self, step: StepBuilder, seq: Sequence) -> None:
+        """Lets a sequence that is one token short ride on until it needs a block or has one more token to sample."""
+        computed = seq.num_computed
+        left = seq.limit - 1 - computed  # tokens to sample
+        if left <= 0 or (computed == seq.capacity and not self._make_room(step, seq, 1)):
+            self._riders.remove(seq)
+            return
+        if left == 1:
+            step.telling.add(seq)
+        step.attended.append(seq)
+        room = seq.capacity - computed
+        self._riders.add(seq, room if room < left else max(left - 1, 1))
 
     def _close_longer(self, step: StepBuilder, sequences: list[Sequence]) -> None:
         """Schedules what the budget holds of longer gaps."""
@@ -180,10 +191,10 @@ class Scheduler:
 
     def _make_room(self, step: StepBuilder, seq: Sequence, count: int) -> bool:
         """Grows the block tables by `count` tokens; False when the pool is dry and `seq` waits or was preempted."""
-        self.cache.publish(seq)
+        self.cache.publish(seq, PUBLISHED_TOGETHER)
         self.cache.leave_behind(seq)
         while (new := self.cache.grow(seq, seq.num_computed + count)) is None:
-            placed = set(step.members())
+            placed = {*step.attended, *step.members()}
             victim = next((s for s in reversed(self._running) if s not in placed), None)
             if victim is None:
                 return False
@@ -202,7 +213,7 @@ class Scheduler:
         step.budget -= count
         if seq.todo == 0:
             seq.last_in_row = True
-            seq.inflight += 1
+            seq.known += 1
             step.closing.append((seq, start))
         else:
             step.open.append((seq, start))
@@ -276,7 +287,7 @@ class Scheduler:
             seq.num_computed += len(draft)
             self.cache.computed += len(draft)
             step.drafted.append(seq)
-        step.decode = decode
+        step.decode, step.decode_rows = decode, Crew.of(decode).rows
 
     def _preempt(self, seq: Sequence) -> None:
         self.stats.preemptions += 1
@@ -288,13 +299,13 @@ class Scheduler:
     def _leave(self, seq: Sequence) -> None:
         """Takes row and blocks from a running sequence."""
         assert seq.row is not None
+        self._riders.remove(seq)
         self.cache.release(seq)
         self._running.remove(seq)
         self._free_rows.append(seq.row)
         self._retire.append(seq.row)
         self._rewind.pop(seq.row, None)
         seq.row = None
-        seq.free_until = 0
         seq.last_in_row = False
         seq.draft = []
 
@@ -308,43 +319,52 @@ class Scheduler:
             known = step.members[i].prompt_logprobs
             if known is not None:
                 known[position:] = entries
-        firsts = result.tokens[:, 0].tolist()
-        for i, seq in enumerate(step.sampled):
-            seq.inflight -= 1
-            if seq not in step.telling:  # an ended sequence may take one more, which nobody reads
-                seq.tokens.append(firsts[i])
-                continue
-            if seq.finish_reason is not None:
-                continue
-            sampled = [firsts[i]] if i < step.num_decode else result.tokens[i, : result.num_tokens[i]].tolist()
-            delta = self._extend(seq, sampled, result.logprobs.get(i), now)
-            if delta is not None:
-                deltas.append(delta)
+        for seq, token in zip(step.sampled, result.tokens[:, 0].tolist(), strict=True):
+            seq.tokens.append(token)  # an ended sequence may take one more, which nobody reads
+        for i in step.drafted:
+            self._settle(step.sampled[i], result.tokens[i, 1 : result.num_tokens[i]].tolist())
+        for i, seq in step.telling:
+            if seq.finish_reason is None:
+                delta = self._tell(seq, len(seq.tokens) - int(result.num_tokens[i]), result.logprobs.get(i), now)
+                if delta is not None:
+                    deltas.append(delta)
         self.stats.generated_tokens += int(result.num_tokens.sum())
         return deltas
 
-    def _extend(
-        self, seq: Sequence, sampled: list[int], logprobs: list[TokenLogprobs] | None, now: float
-    ) -> Delta | None:
-        """Appends tokens up to the first that ends the sequence; the delta, unless it is kept for the end."""
-        if seq.draft:
-            self._settle(seq, len(sampled) - 1)
+    def _settle(self, seq: Sequence, accepted: list[int]) -> None:
+        """Takes in accepted drafts, and takes back the KV of rejected ones."""
+        seq.tokens += accepted
+        seq.known += len(accepted)
+        rejected = len(seq.draft) - len(accepted)
+        if seq.draft and rejected:
+            seq.num_computed -= rejected
+            self.cache.computed -= rejected
+            assert seq.row is not None, "a sequence that leaves its row leaves its drafts"
+            self._rewind[seq.row] = seq.num_computed
+        seq.draft = []
+
+    def _tell(self, seq: Sequence, before: int, logprobs: list[TokenLogprobs] | None, now: float) -> Delta | None:
+        """Looks at the tokens from `before` on; the first that ends it is the last. The delta, unless kept for the end.
+
+        Sets `first_token_at`.
+        """
         first = not seq.first_token_at
         seq.first_token_at = seq.first_token_at or now or 1.0
-        before = len(seq.tokens)
         reason: FinishReason | None = None
         stop: int | None = None
-        for token in sampled:
-            seq.tokens.append(token)
+        for end, token in enumerate(seq.tokens[before:], before + 1):
             if token in seq.stop_ids:
                 reason, stop = "stop", self._stop_reason(seq, token)
-            elif len(seq.tokens) >= seq.limit:
+            elif end >= seq.limit:
                 reason = "length"
             if reason is not None:
+                del seq.tokens[end:]
                 break
         entries = None if logprobs is None else logprobs[: len(seq.tokens) - before]
         if seq.whole:
             seq.kept_logprobs += entries or ()
+            if reason is None:
+                return None
             before, first, entries = seq.prompt_len, True, seq.kept_logprobs or None
         delta = Delta(seq.request.id, seq.index, seq.tokens[before:], reason, stop, entries)
         if first:
@@ -352,24 +372,15 @@ class Scheduler:
             delta.scheduled_at = seq.scheduled_at
             delta.first_token_at = seq.first_token_at if seq.whole else 0.0
             delta.prompt_logprobs = seq.prompt_logprobs if seq.index == 0 else None
-        if seq.status is Status.RUNNING:
-            self.cache.publish(seq)
         if reason is not None:
+            if seq.status is Status.RUNNING:
+                self.cache.publish(seq)
             self._end(seq, reason)
-        return None if seq.whole and reason is None else delta
+        return delta
 
     def _stop_reason(self, seq: Sequence, token: int) -> int | None:
         """The stop token's id, None for an end-of-sequence token."""
         return None if token in self._eos and not seq.params.ignore_eos else token
-
-    def _settle(self, seq: Sequence, accepted: int) -> None:
-        """Takes back the KV of rejected drafts."""
-        rejected = len(seq.draft) - accepted
-        seq.draft = []
-        if rejected and seq.row is not None:
-            seq.num_computed -= rejected
-            self.cache.computed -= rejected
-            self._rewind[seq.row] = seq.num_computed
 
     def _end(self, seq: Sequence, reason: FinishReason) -> None:
         if seq.status is Status.RUNNING:
@@ -387,7 +398,6 @@ class Scheduler:
         deltas = []
         for step in self._inflight:
             for seq in step.members:
-                seq.inflight = 0
                 if not seq.finished:
                     self.cache.unpublish(seq)
                     deltas.append(self.refuse(seq, error))

@@ -7,28 +7,24 @@ stands where in a launched plan until its result is committed. Neither decides a
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from operator import attrgetter
 
 import numpy as np
 
 from octavo.cache import NewBlocks
-from octavo.core.plan import Admit, Plan
+from octavo.core.plan import Admit, Int32s, Plan
 from octavo.core.sequence import Sequence
-
-_row = attrgetter("row")
+from octavo.scheduler.riders import Crew
 
 
 @dataclass(frozen=True, slots=True)
 class Inflight:
-    """A launched plan: `sampled` in the plan's order, the first `num_decode` of them without drafts or chunks.
-
-    The result matters at once for those in `telling`; the others only keep their token.
-    """
+    """A launched plan: `sampled` in the plan's order, those with drafts beginning at `drafted`."""
 
     sampled: list[Sequence]
-    num_decode: int
+    drafted: range
     members: list[Sequence]
-    telling: set[Sequence]
+    telling: list[tuple[int, Sequence]]
+    """Those whose result matters at once, by their place in `sampled`; the others only keep their token."""
 
 
 @dataclass(slots=True)
@@ -37,7 +33,10 @@ class StepBuilder:
 
     number: int
     budget: int
+    attended: list[Sequence] = field(default_factory=list)
+    """Those looked at that will be of `decode`."""
     decode: list[Sequence] = field(default_factory=list)
+    decode_rows: Int32s = field(default_factory=lambda: np.zeros(0, np.int32))
     telling: set[Sequence] = field(default_factory=set)
     """Those of `decode` whose token ends them, or is to be told or looked at."""
     drafted: list[Sequence] = field(default_factory=list)
@@ -52,16 +51,24 @@ class StepBuilder:
         for group, first, ids in new:
             self.blocks.append((seq.row, group, first, ids))
 
+    def take(self, crew: Crew) -> None:
+        """Gives each of `crew` one token."""
+        self.decode, self.decode_rows = crew.sequences, crew.rows
+        self.budget -= len(crew.sequences)
+
+    @property
+    def others(self) -> list[Sequence]:
+        """All but `decode`."""
+        return self.drafted + [seq for seq, _ in self.closing] + [seq for seq, _ in self.open]
+
     def members(self) -> list[Sequence]:
-        chunked = [seq for seq, _ in self.closing] + [seq for seq, _ in self.open]
-        return self.decode + self.drafted + chunked
+        return self.decode + self.others
 
     @property
     def empty(self) -> bool:
         return not (self.decode or self.drafted or self.closing or self.open)
 
     def plan(self, retire: list[int], rewind: list[tuple[int, int]]) -> Plan:
-        members = self.members()
         tokens: list[int] = []
         counts: list[int] = []
         for seq in self.drafted:
@@ -70,13 +77,14 @@ class StepBuilder:
         for seq, start in self.closing + self.open:
             tokens += seq.tokens[start : seq.num_computed]
             counts.append(seq.num_computed - start)
+        others = self.others
         return Plan(
             step=self.number,
             retire=retire,
             admit=self.admit,
             rewind=rewind,
             blocks=self.blocks,
-            rows=np.fromiter(map(_row, members), np.int32, len(members)),
+            rows=np.concatenate((self.decode_rows, Crew.of(others).rows)) if others else self.decode_rows,
             num_decode=len(self.decode),
             num_drafted=len(self.drafted),
             num_sampled=len(self.decode) + len(self.drafted) + len(self.closing),
@@ -85,5 +93,8 @@ class StepBuilder:
         )
 
     def inflight(self) -> Inflight:
-        others = self.drafted + [seq for seq, _ in self.closing]
-        return Inflight(self.decode + others, len(self.decode), self.members(), self.telling.union(others))
+        sampled = self.decode + self.drafted + [seq for seq, _ in self.closing]
+        first = len(self.decode)
+        telling = [(i, seq) for i, seq in enumerate(self.decode) if seq in self.telling] if self.telling else []
+        telling += enumerate(sampled[first:], first)
+        return Inflight(sampled, range(first, first + len(self.drafted)), self.members(), telling)

@@ -6,6 +6,7 @@ own state per row (`octavo.sampling`).
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from octavo.core.plan import Plan
+from octavo.kernels import Kernels
 from octavo.worker.staging import Uploader
 
 
@@ -24,7 +26,8 @@ def longest_first(lengths: NDArray[Any]) -> NDArray[np.int32]:
 class RowState:
     """last_token, num_computed: [R+1] int64; tables: [G, R+1, max_blocks] int32 block ids, per KV group."""
 
-    def __init__(self, max_rows: int, max_blocks: int, num_groups: int, device: torch.device) -> None:
+    def __init__(self, max_rows: int, max_blocks: int, num_groups: int, kernels: Kernels, device: torch.device) -> None:
+        self._kernels = kernels
         self.last_token = torch.zeros(max_rows + 1, dtype=torch.int64, device=device)
         self.num_computed = torch.zeros(max_rows + 1, dtype=torch.int64, device=device)
         self.tables = torch.zeros(num_groups, max_rows + 1, max_blocks, dtype=torch.int32, device=device)
@@ -33,17 +36,22 @@ class RowState:
 
     def apply(self, plan: Plan, upload: Uploader) -> None:
         """Admissions, rewinds and new blocks."""
-        changed = [(admit.row, admit.num_computed) for admit in plan.admit] + list(plan.rewind)
+        changed = [(admit.row, admit.num_computed) for admit in plan.admit] + plan.rewind
         if not changed and not plan.blocks:
             return
         rows, values = np.array(changed, np.int64).reshape(-1, 2).T
         self.host_computed[rows] = values
-        lengths = np.array([len(ids) for _, _, _, ids in plan.blocks], np.int64)
-        width = self.tables.shape[2]
-        line = self.tables.shape[1] * width
-        begin = np.array([group * line + row * width + first for row, group, first, _ in plan.blocks], np.int64)
-        within = np.arange(int(lengths.sum())) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-        blocks = np.array([block for _, _, _, ids in plan.blocks for block in ids], np.int32)
-        at, ids, device_rows, device_values = upload(np.repeat(begin, lengths) + within, blocks, rows, values)
-        self.tables.view(-1)[at] = ids
-        self.num_computed[device_rows] = device_values
+        places, blocks = self._new_blocks(plan)
+        at, ids, device_rows, device_values = upload(places, blocks, rows, values)
+        self._kernels.apply_diffs(self.tables, at, ids, self.num_computed, device_rows, device_values)
+
+    def _new_blocks(self, plan: Plan) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
+        """Places in the flat tables, and what comes there."""
+        if not plan.blocks:
+            return np.zeros(0, np.int64), np.zeros(0, np.int32)
+        rows, groups, first, ids = zip(*plan.blocks, strict=True)
+        _, lines, width = self.tables.shape
+        begin = (np.array(groups) * lines + rows) * width + first
+        lengths = np.fromiter(map(len, ids), np.int64, len(ids))
+        within = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+        return np.repeat(begin, lengths) + within, np.fromiter(chain.from_iterable(ids), np.int32)

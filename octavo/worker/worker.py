@@ -138,7 +138,7 @@ class Worker:
         max_blocks = blocks_for(scheduler.max_model_len, cache.block_size)
         self._upload = Uploader(self._device)
         self._download = Downloader(self._device, max(DEPTH, place.stages))
-        self._rows = RowState(scheduler.max_num_seqs, max_blocks, len(cache.groups), self._device)
+        self._rows = RowState(scheduler.max_num_seqs, max_blocks, len(cache.groups), self._kernels, self._device)
         self._stage = None if pipe is None else Stage(model, pipe, self._rows, facts.hidden_size, dtype)
         self._model: ForwardModel = self._stage or model
         self._sampler = Sampler(

@@ -193,15 +193,6 @@ def check_diffs(kernels: ModuleType, device: str, blocks: int, values: int) -> N
     assert torch.equal(computed, expected)
 
 
-def check_commit(kernels: ModuleType, device: str, size: int) -> None:
-    draw = Draw(device, torch.float32)
-    rows, tokens, last = draw.places(3 * size, size), draw.ints(9999, size), draw.ints(9, 3 * size)
-    expected = last.clone()
-    expected[rows] = tokens
-    kernels.commit_tokens(rows, tokens, last)
-    assert torch.equal(last, expected)
-
-
 Knobs = dict[str, Tensor]
 
 

@@ -97,7 +97,6 @@ def batch_kernels(rows: int) -> dict[str, tuple[Launch, int, int]]:
     }
     return {
         "prepare_decode": (lambda i: cuda.prepare_decode(index, state[0], state[1], tables, 16, **out), 1, 0),
-        "commit_tokens": (lambda i: cuda.commit_tokens(index, out["tokens"], state[0]), 1, 0),
         "apply_diffs": (
             lambda i: cuda.apply_diffs(tables, index, out["seq_lens"], state[1], index, out["positions"]),
             1,

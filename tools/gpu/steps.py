@@ -1,6 +1,6 @@
 """Where the time of decode steps goes: kernels by time, host work by phase, idle device.
 
-    python tools/gpu/steps.py benchmarks/configs/llama-3.1-8b --rows 1 32 256 [--no-pdl]
+    python tools/gpu/steps.py benchmarks/configs/llama-3.1-8b --rows 1 32 256 [--no-pdl] [--host]
 
 Brings the rows to where all decode, warms up (compiling and capturing), then times steps, and profiles some.
 """
@@ -8,6 +8,8 @@ Brings the rows to where all decode, warms up (compiling and capturing), then ti
 from __future__ import annotations
 
 import argparse
+import cProfile
+import pstats
 import random
 import time
 from collections import defaultdict
@@ -21,6 +23,9 @@ from torch.profiler import ProfilerActivity, profile
 from octavo import LLM, SamplingParams
 from octavo.core.request import Request
 from octavo.kernels.cuda.launch import without_pdl
+
+MEASURED = 48
+"""Steps: blocks of 16 tokens are full again after so many."""
 
 
 class Phases:
@@ -85,6 +90,14 @@ def kernels(llm: LLM, steps: int) -> None:
     print(f"    {sum(e.self_device_time_total for e in rows) / steps:9.1f} us a step in all")
 
 
+def functions(llm: LLM, steps: int) -> None:
+    """Prints where the host's time goes; profiling lengthens calls of Python functions."""
+    with cProfile.Profile() as found:
+        for _ in range(steps):
+            llm.engine.step()
+    pstats.Stats(found).sort_stats("tottime").print_stats(30)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model")
@@ -92,6 +105,7 @@ def main() -> None:
     parser.add_argument("--input-len", type=int, default=1024)
     parser.add_argument("--max-model-len", type=int, default=4096)
     parser.add_argument("--no-pdl", action="store_true", help="kernel times are true only without overlap")
+    parser.add_argument("--host", action="store_true", help="profile the host's functions, too")
     args = parser.parse_args()
     llm = LLM(
         args.model,
@@ -115,9 +129,11 @@ def main() -> None:
             start(llm, rows, args.input_len, 400)
             steps_seconds(llm, 20)
             phases.seconds.clear()
-            per_step = steps_seconds(llm, 50)
-            host = {name: f"{1e6 * seconds / 50:.0f}" for name, seconds in phases.seconds.items()}
+            per_step = steps_seconds(llm, MEASURED)
+            host = {name: f"{1e6 * seconds / MEASURED:.0f}" for name, seconds in phases.seconds.items()}
             print(f"\n{rows} rows: {1e3 * per_step:.3f} ms a step; host us a step {host}")
+            if args.host:
+                functions(llm, MEASURED)
             kernels(llm, 20)
             finish(llm)
 

@@ -14,11 +14,12 @@ from __future__ import annotations
 from octavo.kernels.cpu.layers import add_rms_norm, linear, norm_linear, rms_norm, rope_norm_write_kv, silu_mul
 from octavo.kernels.cpu.sampling import apply_masks, sample, sample_rows
 from octavo.kernels.cpu.step import embedding, prepare_decode, rotation
-from octavo.kernels.reference import add_linear, apply_penalties, slots, top_logprobs, verify
+from octavo.kernels.reference import add_linear, apply_diffs, apply_penalties, slots, top_logprobs, verify
 
 __all__ = [
     "add_linear",
     "add_rms_norm",
+    "apply_diffs",
     "apply_masks",
     "apply_penalties",
     "embedding",

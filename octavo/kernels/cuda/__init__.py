@@ -11,7 +11,7 @@ Other dtypes and layouts go to the reference. Nothing waits for the device; all 
 from __future__ import annotations
 
 from octavo.kernels.cuda.activation import embedding, silu_mul
-from octavo.kernels.cuda.batch import apply_diffs, commit_tokens, prepare_decode
+from octavo.kernels.cuda.batch import apply_diffs, prepare_decode
 from octavo.kernels.cuda.linear import add_linear, linear, norm_linear
 from octavo.kernels.cuda.logprobs import log_softmax, top_logprobs
 from octavo.kernels.cuda.norm import add_rms_norm, rms_norm
@@ -25,7 +25,6 @@ __all__ = [
     "apply_diffs",
     "apply_masks",
     "apply_penalties",
-    "commit_tokens",
     "embedding",
     "linear",
     "log_softmax",

@@ -1,7 +1,7 @@
 """Row state on the device: what a decode step reads from it and what a plan changes in it, a launch each.
 
-Nothing here is read on the host, so a captured graph that contains `prepare_decode` and `commit_tokens` advances its
-rows at every replay. KV groups' block tables are one tensor [G, R+1, max_blocks]; row R is padding.
+Nothing here is read on the host, so a captured graph that contains `prepare_decode` advances its rows at every replay.
+KV groups' block tables are one tensor [G, R+1, max_blocks]; row R is padding.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton.language as tl
 from torch import Tensor
 
-from octavo.kernels.cuda.launch import cdiv, kernel, pdl, pow2
+from octavo.kernels.cuda.launch import cdiv, kernel, pdl
 
 _BLOCK = 128
 
@@ -127,11 +127,7 @@ def _apply_diffs(
 def apply_diffs(
     tables: Tensor, places: Tensor, blocks: Tensor, num_computed: Tensor, rows: Tensor, values: Tensor
 ) -> None:
-    """tables.view(-1)[places] = blocks and num_computed[rows] = values in one launch.
-
-    tables [G, R+1, max_blocks] int32 contiguous; places [N] int64 without repeats, blocks [N] int32; num_computed
-    [R+1], rows, values [M] int64. N or M may be 0.
-    """
+    """As `reference_batch.apply_diffs`, in one launch; N or M may be 0."""
     num_blocks, num_values = places.shape[0], rows.shape[0]
     most = max(num_blocks, num_values)
     if not most:
@@ -151,31 +147,3 @@ def apply_diffs(
         launch_pdl=dependent,
         num_warps=4,
     )
-
-
-@kernel("size")
-def _commit_tokens(
-    rows: tl.tensor,
-    tokens: tl.tensor,
-    last_token: tl.tensor,
-    size: tl.tensor,
-    BLOCK: tl.constexpr,
-    PDL: tl.constexpr,
-) -> None:
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < size
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
-    row = tl.load(rows + at, mask=inside, other=0).to(tl.int64)
-    tl.store(last_token + row, tl.load(tokens + at, mask=inside, other=0).to(tl.int64), mask=inside)
-
-
-def commit_tokens(rows: Tensor, tokens: Tensor, last_token: Tensor) -> None:
-    """last_token[rows[b]] = tokens[b]; `sample_rows` can do it as part of the draw."""
-    size, dependent = rows.shape[0], pdl()
-    if size:
-        block = min(_BLOCK, pow2(size))
-        _commit_tokens[(cdiv(size, block),)](
-            rows, tokens, last_token, size, BLOCK=block, PDL=dependent, launch_pdl=dependent, num_warps=4
-        )

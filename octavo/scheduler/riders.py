@@ -1,0 +1,88 @@
+"""Sequences that take one token in every step, and when each of them next needs more than that.
+
+A step touches only the riders that are due: for a block, for their last token. All others advance with a clock that
+they share (`Sequence.ride`), so a step of a thousand rows costs little more than one of ten. Owns who rides and when
+riders are due; what is done about it is the scheduler's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from operator import attrgetter
+
+import numpy as np
+
+from octavo.core.plan import Int32s
+from octavo.core.sequence import STILL, Clock, Sequence
+
+_row = attrgetter("row")
+
+
+@dataclass(frozen=True, slots=True)
+class Crew:
+    """Riders in an order that lasts while none comes or goes, and their rows [B]."""
+
+    sequences: list[Sequence]
+    rows: Int32s
+
+    @classmethod
+    def of(cls, sequences: list[Sequence]) -> Crew:
+        return cls(sequences, np.fromiter(map(_row, sequences), np.int32, len(sequences)))
+
+
+class Riders:
+    """All riders have one token to compute before each step and after it."""
+
+    def __init__(self) -> None:
+        self._clock = Clock()
+        self._members: dict[Sequence, int] = {}
+        """When each is due."""
+        self._due: dict[int, set[Sequence]] = {}
+        self._crew: Crew | None = None
+        self.telling: set[Sequence] = set()
+        """Those whose every token matters at once."""
+
+    def __len__(self) -> int:
+        return len(self._members)
+
+    def add(self, seq: Sequence, steps: int) -> None:
+        """Takes `seq` in, or keeps it; it is due when `steps` have been taken."""
+        due = self._clock.now + steps
+        before = self._members.get(seq)
+        if before is None:
+            seq.ride(self._clock)
+            self._crew = None
+            if not seq.quiet:
+                self.telling.add(seq)
+        else:
+            self._due[before].discard(seq)
+        self._members[seq] = due
+        group = self._due.get(due)
+        if group is None:
+            group = self._due[due] = set()
+        group.add(seq)
+
+    def remove(self, seq: Sequence) -> None:
+        """Puts `seq` off if it rides."""
+        due = self._members.pop(seq, None)
+        if due is not None:
+            seq.ride(STILL)
+            self._crew = None
+            self._due[due].discard(seq)
+            self.telling.discard(seq)
+
+    def clear(self) -> None:
+        for seq in list(self._members):
+            self.remove(seq)
+
+    def due(self) -> list[Sequence]:
+        """Those that the next step needs a word about, in order of arrival."""
+        return sorted(self._due.get(self._clock.now, ()), key=attrgetter("order"))
+
+    def advance(self) -> Crew:
+        """Moves all by one token."""
+        self._due.pop(self._clock.now, None)
+        self._clock.now += 1
+        if self._crew is None:
+            self._crew = Crew.of(list(self._members))
+        return self._crew
