@@ -127,7 +127,7 @@ def resolve(args: EngineArgs, model: ModelFacts, device: DeviceFacts) -> tuple[E
         Decision("max_num_batched_tokens", str(tokens), tokens_reason),
         Decision("overlap", str(overlap), overlap_reason),
         *_parallel(tensor, pipeline, model),
-        Decision("weights", _gib(memory.weights), _weights(model, dtype, tensor * pipeline)),
+        Decision("weights", *_weights(memory, model, quantization, dtype, tensor * pipeline)),
         Decision("kv_cache", kv, blocks_reason),
     ]
 
@@ -142,9 +142,14 @@ def _parallel(tensor: int, pipeline: int, model: ModelFacts) -> list[Decision]:
     ]
 
 
-def _weights(model: ModelFacts, dtype: str, ranks: int) -> str:
-    whole = f"{model.num_parameters:,} parameters in {dtype}"
-    return whole if ranks == 1 else f"of each rank; {whole} in all"
+def _weights(memory: Memory, model: ModelFacts, quantization: str, dtype: str, ranks: int) -> _Choice:
+    """Memory is set aside for floats; what stays quantized takes less of it."""
+    size, kept = _gib(memory.weights), dtype
+    if quantization != "none":
+        formats = "int8" if quantization == "int8" else "the file's own formats"
+        size, kept = f"at most {size}", f"{formats}, or {dtype} where no kernel takes them"
+    whole = f"{model.num_parameters:,} parameters in {kept}"
+    return size, whole if ranks == 1 else f"of each rank; {whole} in all"
 
 
 def _asked(given: bool, otherwise: str) -> str:

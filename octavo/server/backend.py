@@ -13,6 +13,7 @@ from octavo.server.formats import check_parser_names
 
 if TYPE_CHECKING:
     from octavo.config.engine import EngineConfig
+    from octavo.core.errors import EngineDead
     from octavo.core.facts import ModelFacts
     from octavo.core.params import SamplingParams
     from octavo.core.request import Stats
@@ -40,23 +41,17 @@ class Backend(Protocol):
         ...
 
     def generate(
-        self,
-        prompt: Prompt,
-        params: SamplingParams,
-        request_id: str,
-        *,
-        stream: bool = True,
-        cache_salt: str = "",
-        shown: frozenset[int] = frozenset(),
+        self, prompt: Prompt, params: SamplingParams, request_id: str, *, stream: bool, shown: frozenset[int]
     ) -> AsyncGenerator[RequestOutput, None]:
-        """With `stream` what is new each time, else one final output. Closing the generator aborts.
-
-        `shown` are ids of control tokens that stay in the text whatever `skip_special_tokens` says.
-        """
+        """As `AsyncLLM.generate`."""
         ...
 
     async def check_health(self) -> None:
         """Raises EngineDead."""
+        ...
+
+    async def death(self) -> EngineDead:
+        """Waits for the engine's end, which every generator is told of, and says how it ended."""
         ...
 
     async def shutdown(self) -> None: ...

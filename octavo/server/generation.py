@@ -203,11 +203,10 @@ async def _observed(context: Context, job: Job, prompt: int) -> AsyncGenerator[R
     """One prompt's outputs, counted in usage and metrics."""
     timer = context.metrics.timer()
     stream = context.backend.generate(
-        job.prompts[prompt],
+        {"prompt_token_ids": job.prompts[prompt], "cache_salt": job.cache_salt},
         job.params,
         f"{job.id}-{prompt}",
         stream=job.stream,
-        cache_salt=job.cache_salt,
         shown=job.shown,
     )
     async with aclosing(stream):

@@ -2,6 +2,7 @@
 
 bind (`listen`: a busy port shows at once) -> start the backend (seconds) -> accept -> on_ready
 SIGINT/SIGTERM -> no new connections -> open requests finish, after the grace they end -> backend.shutdown
+the engine dies -> its requests are told -> the same end, and EngineDead
 """
 
 from __future__ import annotations
@@ -14,14 +15,17 @@ import sys
 from collections.abc import Callable, Coroutine, Generator
 from contextlib import contextmanager, suppress
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import uvicorn
 
+from octavo.core.errors import EngineDead
 from octavo.server.app import create_app
 from octavo.server.backend import Backend, ServerSettings
 from octavo.server.context import Context
 from octavo.server.listen import url_of
+
+T = TypeVar("T")
 
 _KEEP_ALIVE_SECONDS = 75
 _FLUSH_SECONDS = 1.0
@@ -42,7 +46,8 @@ def serve(
     """Starts a backend and serves it on `sock`, a socket of `bind`, until SIGINT or SIGTERM.
 
     `start` makes the backend; what it raises comes through. `on_ready` is called with the backend and the URL once
-    requests are answered. Returns after a clean end; a signal is one, also while the backend starts.
+    requests are answered. Returns after a clean end; a signal is one, also while the backend starts. Raises EngineDead
+    when the engine has died, so that whoever supervises the process starts it again.
     """
     sys.setswitchinterval(_SWITCH_SECONDS)
     with sock, asyncio.Runner(loop_factory=_loop_factory()) as runner:
@@ -71,11 +76,23 @@ async def _serve(
             return
         gc.collect()
         gc.freeze()  # what exists now lives as long as the process: later collections need not look at it
+        watch = asyncio.create_task(_stop_on_death(backend, stop))
         try:
             ready = None if on_ready is None else partial(on_ready, backend, url)
             await serve_app(sock, backend, settings, stop, on_ready=ready, log_level=log_level)
+            if (death := await watch) is not None:
+                raise death
         finally:
+            watch.cancel()
             await backend.shutdown()
+
+
+async def _stop_on_death(backend: Backend, stop: Stop) -> EngineDead | None:
+    """Asks for a stop when the engine dies, and says how; None when a stop was asked for before."""
+    death = await stop.unless_asked(backend.death())
+    if death is not None:
+        stop.ask()
+    return death
 
 
 class Stop:
@@ -99,7 +116,7 @@ class Stop:
             for number in _SIGNALS:
                 loop.remove_signal_handler(number)
 
-    async def unless_asked(self, work: Coroutine[Any, Any, Backend]) -> Backend | None:
+    async def unless_asked(self, work: Coroutine[Any, Any, T]) -> T | None:
         """The result of `work`, or None after cancelling it because a stop was asked for."""
         task, asked = asyncio.create_task(work), asyncio.create_task(self.asked.wait())
         try:

@@ -400,3 +400,28 @@ def test_a_gguf_file_keeps_its_formats_on_a_cpu_unless_floats_are_asked_for() ->
     assert config(gguf, CPU, tensor_parallel_size=2).quantization == "none"
     assert config(gguf, CPU, load_format="dummy").quantization == "none"
     assert config(gguf, GPU).quantization == config(SMALL, CPU).quantization == "none"
+
+
+@pytest.mark.parametrize(
+    ("files", "args", "size", "kept"),
+    [
+        ("safetensors", {}, "{}", "float32"),
+        ("gguf", {"quantization": "none"}, "{}", "float32"),
+        ("gguf", {"dtype": "bfloat16"}, "{}", "bfloat16"),
+        ("gguf", {}, "at most {}", "the file's own formats, or float32 where no kernel takes them"),
+        (
+            "gguf",
+            {"quantization": "native", "dtype": "bfloat16"},
+            "at most {}",
+            "the file's own formats, or bfloat16 where no kernel takes them",
+        ),
+        ("safetensors", {"quantization": "int8"}, "at most {}", "int8, or float32 where no kernel takes them"),
+    ],
+)
+def test_what_weights_are_kept_as_is_told(files: str, args: dict[str, Any], size: str, kept: str) -> None:
+    model = msgspec.structs.replace(LARGE, files=files)
+    device = free(100)
+    (told,) = [d for d in resolve(EngineArgs(max_model_len=512, **args), model, device)[1] if d.name == "weights"]
+    floats = LARGE.num_parameters * (2 if "bfloat16" in kept else 4) / GIB
+    assert told.value == size.format(f"{floats:.2f} GiB")
+    assert told.reason == f"{LARGE.num_parameters:,} parameters in {kept}"

@@ -43,6 +43,7 @@ class EchoBackend:
         self.idle = threading.Event()
         self.hanging = threading.Event()
         self.dead = False
+        self.died = asyncio.Event()
         self.closed = False
 
     def script(self, request: Request) -> Iterator[list[Delta]]:
@@ -55,22 +56,18 @@ class EchoBackend:
         if self.dead:
             raise EngineDead("it was told to")
 
+    async def death(self) -> EngineDead:
+        await self.died.wait()
+        return EngineDead("out of luck")
+
     async def shutdown(self) -> None:
         self.closed = True
 
     async def generate(
-        self,
-        prompt: Prompt,
-        params: SamplingParams,
-        request_id: str,
-        *,
-        stream: bool = True,
-        cache_salt: str = "",
-        shown: frozenset[int] = frozenset(),
+        self, prompt: Prompt, params: SamplingParams, request_id: str, *, stream: bool, shown: frozenset[int]
     ) -> AsyncGenerator[RequestOutput]:
         await self.check_health()
-        arrival = time.time()
-        request, text = self.inputs.process(prompt, params, request_id, arrival=arrival, cache_salt=cache_salt)
+        request, text = self.inputs.process(prompt, params, request_id, arrival=time.time())
         self.requests.append(request)
         outputs = OutputProcessor(self.tokenizer)
         state = outputs.add(request, text, stream=stream, shown=shown)
@@ -88,6 +85,9 @@ class EchoBackend:
                     yield output
                     if output.finished:
                         return
+        except EngineDead:
+            self.died.set()
+            raise
         finally:
             self.live.discard(request_id)
             if not self.live:

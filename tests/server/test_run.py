@@ -29,8 +29,10 @@ async def start():
     await asyncio.sleep({load_seconds})
     return backend
 
-serve(sock, start, SETTINGS, on_ready=lambda backend, url: print(url, flush=True))
-print("closed" if backend.closed else "never started", flush=True)
+try:
+    serve(sock, start, SETTINGS, on_ready=lambda backend, url: print(url, flush=True))
+finally:
+    print("closed" if backend.closed else "never started", flush=True)
 """
 
 
@@ -97,6 +99,21 @@ def test_a_signal_while_loading_ends_it_quietly() -> None:
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=10)
     assert (out, err, process.returncode) == ("never started\n", "", 0)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_dead_engine_ends_it_after_its_clients_have_heard(stream: bool) -> None:
+    with run(SERVER.format(load_seconds=0)) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "loading\n"
+        url = process.stdout.readline().strip()
+        with httpx.Client() as client:
+            answer = client.post(f"{url}/v1/completions", json={"prompt": "DIE now", "stream": stream})
+            assert "the engine has stopped: out of luck" in answer.text
+            out, err = process.communicate(timeout=10)
+    assert out == "closed\n"
+    assert err.endswith("octavo.core.errors.EngineDead: out of luck\n")
+    assert process.returncode == 1
 
 
 def test_importing_leaves_torch_unimported() -> None:
