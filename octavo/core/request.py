@@ -90,7 +90,10 @@ class Add(msgspec.Struct, array_like=True, tag="add"):
 
 
 class Finish(msgspec.Struct, array_like=True, tag="finish"):
-    """Ends sequences: (request id, index), index -1 for all of a request. No delta answers it."""
+    """Ends sequences: (request id, index), index -1 for all of a request.
+
+    Those of a `whole` request answer with their delta, finish_reason "abort"; no delta of the others follows.
+    """
 
     sequences: list[tuple[str, int]]
 

@@ -101,10 +101,9 @@ class Engine:
             self._grammars.prepare(request.grammar)
         self.scheduler.add(request)
 
-    def finish(self, sequences: Iterable[tuple[str, int]]) -> None:
-        """Ends sequences (request id, index; -1 for all of a request); no delta answers."""
-        for request_id, index in sequences:
-            self.scheduler.finish(request_id, index)
+    def finish(self, sequences: Iterable[tuple[str, int]]) -> list[Delta]:
+        """Ends sequences (request id, index; -1 for all of a request); only `whole` ones have deltas left to tell."""
+        return [delta for ended in sequences for delta in self.scheduler.finish(*ended)]
 
     def has_work(self) -> bool:
         return self.scheduler.has_work()

@@ -103,7 +103,8 @@ def _handle(engine: Engine, message: ToEngine, send: Callable[[FromEngine], None
             for request in requests:
                 engine.add(request)
         case Finish(sequences):
-            engine.finish(sequences)
+            if deltas := engine.finish(sequences):
+                send(Outputs(deltas, engine.stats))
         case ResetPrefixCache(call):
             send(Reply(call, engine.reset_prefix_cache()))
         case Shutdown():

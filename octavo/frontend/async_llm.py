@@ -206,15 +206,17 @@ class AsyncLLM:
             self._client.finish([(engine_id, -1)])
 
     async def abort(self, request_id: str) -> None:
-        """Ends a request: its generator returns what has come, with finish_reason "abort". Unknown ids are ignored.
-
-        Nothing has come of a request that is not streamed: the engine answers it once, at its end.
-        """
+        """Ends a request: its generator returns what has come, with finish_reason "abort". Unknown ids are ignored."""
         ticket = self._by_name.get(request_id)
-        if ticket is not None:
-            ticket.aborted = True
-            if ticket.state is not None:
-                self._abandon(ticket.state.request.id)
+        if ticket is None:
+            return
+        ticket.aborted = True
+        if ticket.state is not None:
+            request = ticket.state.request
+            if request.whole:  # the engine has what has come
+                self._client.finish([(request.id, -1)])
+            else:
+                self._abandon(request.id)
                 ticket.event.set()
 
     async def reset_prefix_cache(self) -> bool:
@@ -232,6 +234,12 @@ class AsyncLLM:
         """Raises EngineDead, with the reason, when the engine has ended."""
         if self._death is not None:
             raise EngineDead(str(self._death))
+
+    async def death(self) -> EngineDead:
+        """Waits for the engine's end, which every generator is told of, and says how it ended."""
+        await asyncio.wait([self._reader])
+        assert self._death is not None
+        return self._death
 
     async def shutdown(self) -> None:
         """Ends the engine process and what still waits for it. Safe to call twice."""

@@ -99,11 +99,15 @@ class Scheduler:
             self._order += 1
         self._requests[request.id] = sequences
 
-    def finish(self, request_id: str, index: int = -1) -> None:
-        """Ends a sequence (-1: all of a request) on the frontend's word; unknown or ended ones are ignored."""
-        for seq in list(self._requests.get(request_id, ())):
-            if index in (-1, seq.index) and not seq.finished:
-                self._end(seq, "abort")
+    def finish(self, request_id: str, index: int = -1) -> list[Delta]:
+        """Ends a sequence (-1: all of a request) on the frontend's word; unknown or ended ones are ignored.
+
+        The deltas are those of a `whole` request, of which nothing has been told yet.
+        """
+        ended = [s for s in self._requests.get(request_id, ()) if index in (-1, s.index) and not s.finished]
+        for seq in ended:
+            self._end(seq, "abort")
+        return [_whole(seq, "abort") for seq in ended if seq.whole]
 
     def has_work(self) -> bool:
         return bool(self._requests) or bool(self._inflight)
@@ -365,13 +369,11 @@ class Scheduler:
             seq.kept_logprobs += entries or ()
             if reason is None:
                 return None
-            before, first, entries = seq.prompt_len, True, seq.kept_logprobs or None
-        delta = Delta(seq.request.id, seq.index, seq.tokens[before:], reason, stop, entries)
-        if first:
-            delta.cached_tokens = seq.cached_tokens
-            delta.scheduled_at = seq.scheduled_at
-            delta.first_token_at = seq.first_token_at if seq.whole else 0.0
-            delta.prompt_logprobs = seq.prompt_logprobs if seq.index == 0 else None
+            delta = _whole(seq, reason, stop)
+        else:
+            delta = Delta(seq.request.id, seq.index, seq.tokens[before:], reason, stop, entries)
+            if first:
+                _begin(delta, seq)
         if reason is not None:
             if seq.status is Status.RUNNING:
                 self.cache.publish(seq)
@@ -441,3 +443,19 @@ class Scheduler:
         assert owned == self.cache.owned, "owned entries are miscounted"
         assert self.cache.computed == sum(s.num_computed for s in self._running), "computed tokens are miscounted"
         assert self.cache.capacity == sum(s.capacity for s in self._running), "capacity is miscounted"
+
+
+def _whole(seq: Sequence, reason: FinishReason, stop: int | None = None) -> Delta:
+    """The only delta of a sequence of a `whole` request."""
+    tokens, entries = seq.tokens[seq.prompt_len :], seq.kept_logprobs or None
+    delta = Delta(seq.request.id, seq.index, tokens, reason, stop, entries, first_token_at=seq.first_token_at)
+    _begin(delta, seq)
+    return delta
+
+
+def _begin(delta: Delta, seq: Sequence) -> None:
+    """Adds what only a sequence's first delta tells."""
+    delta.cached_tokens = seq.cached_tokens
+    delta.scheduled_at = seq.scheduled_at
+    if seq.index == 0 and not seq.wants_prompt_logprobs:
+        delta.prompt_logprobs = seq.prompt_logprobs

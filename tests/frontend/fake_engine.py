@@ -49,11 +49,10 @@ class EchoEngine:
         for index in range(request.params.n):
             self.running[request.id, index] = (request, 0)
 
-    def finish(self, sequences: list[tuple[str, int]]) -> None:
+    def finish(self, sequences: list[tuple[str, int]]) -> list[Delta]:
         self.stats.preemptions += len(sequences)
-        for id_, index in sequences:
-            for key in [key for key in self.running if key[0] == id_ and index in (-1, key[1])]:
-                del self.running[key]
+        gone = {key for id_, index in sequences for key in self.running if key[0] == id_ and index in (-1, key[1])}
+        return [Delta(*key, [], "abort") for key in gone if self.running.pop(key)[0].whole]
 
     def has_work(self) -> bool:
         return any(request.cache_salt != "hang" for request, _ in self.running.values())
@@ -99,9 +98,9 @@ def serve(mode: str, inbox: zmq.Socket[bytes], outbox: zmq.Socket[bytes]) -> Non
                             os._exit(1)
                         engine.add(request)
                 case Finish(sequences):
-                    engine.finish(sequences)
+                    deltas = engine.finish(sequences)
                     engine.stats.running = len(engine.running)
-                    send(Outputs([], engine.stats))
+                    send(Outputs(deltas, engine.stats))
                 case ResetPrefixCache(call):
                     send(Reply(call, not engine.running))
                 case Shutdown() if mode != "stubborn":

@@ -153,6 +153,22 @@ async def test_abort_by_name_returns_what_there_is(fake: Start) -> None:
         await until(lambda: llm.stats.running == 0)
 
 
+@pytest.mark.parametrize("n", [1, 2])
+async def test_abort_of_what_is_not_streamed_returns_what_there_is(fake: Start, n: int) -> None:
+    async with fake() as llm:
+        waiting = asyncio.create_task(collect(llm, "abc", max_tokens=4000, n=n, stream=False))
+        await until(lambda: llm.stats.generated_tokens >= 9)
+        await llm.abort("r")
+        await llm.abort("r")
+        (output,) = await waiting
+        assert output.finished
+        assert [piece.finish_reason for piece in output.outputs] == ["abort"] * n
+        for index in range(n):
+            assert ("abc" * 1400).startswith(text_of([output], index))
+            assert len(text_of([output], index)) >= 9 // n
+        await until(lambda: llm.stats.running == 0)
+
+
 async def test_a_slow_consumer_holds_up_nobody_and_misses_nothing(fake: Start) -> None:
     async with fake() as llm:
         slow = llm.generate("abcd", SamplingParams(max_tokens=400), "slow")
@@ -214,6 +230,7 @@ async def test_a_dead_engine_fails_everyone_with_its_reason(fake: Start, salt: s
             with pytest.raises(EngineDead, match=reason):
                 await other
         assert time.monotonic() - began < 1
+        assert reason in str(await llm.death())
         with pytest.raises(EngineDead, match=reason):
             await llm.check_health()
         with pytest.raises(EngineDead, match=reason):

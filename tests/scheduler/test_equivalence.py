@@ -72,3 +72,18 @@ def test_tokens_equal_a_naive_computation(
     assert (stats.preemptions > 0) == (pool == "tight") or kind != "full"
     assert stats.running == stats.waiting == stats.kv_blocks_used == 0
     assert max(plan.num_tokens for plan in driver.plans) <= budget
+
+
+def test_a_whole_request_that_is_ended_tells_what_it_has() -> None:
+    driver = Driver(windows=[None], num_blocks=40, vocab=20)
+    params = SamplingParams(n=2, temperature=1.0, seed=3, max_tokens=20, ignore_eos=True)
+    driver.scheduler.add(Request("r", [7, 3, 9], params, 0.0, whole=True))
+    for _ in range(8):
+        assert driver.turn() == []
+    for index in (1, 0):
+        (delta,) = driver.scheduler.finish("r", index)
+        assert (delta.index, delta.finish_reason, delta.scheduled_at) == (index, "abort", 1.0)
+        assert len(delta.token_ids) >= 7
+        assert delta.token_ids == naive([7, 3, 9], len(delta.token_ids), [None], 3 + index, 20)
+    assert driver.scheduler.finish("r") == []
+    assert not driver.scheduler.has_work()

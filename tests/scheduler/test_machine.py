@@ -73,7 +73,12 @@ class SchedulerMachine(RuleBasedStateMachine):
     def abort(self, data: st.DataObject) -> None:
         request = data.draw(st.sampled_from(sorted(self.requests)))
         index = data.draw(st.integers(-1, self.requests[request].params.n - 1))
-        self.driver.scheduler.finish(request, index)
+        told = self.driver.scheduler.finish(request, index)
+        for delta in told:
+            key = (delta.request_id, delta.index)
+            assert self.requests[request].whole
+            assert delta.finish_reason == "abort"
+            assert delta.token_ids == self._wanted(key)[: len(delta.token_ids)]
         which = range(self.requests[request].params.n) if index == -1 else [index]
         self.aborted.update((request, i) for i in which if (request, i) not in self.ended)
 
