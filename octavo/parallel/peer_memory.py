@@ -105,6 +105,7 @@ class PeerMemory:
         memory = _c10d()._SymmetricMemory
         self._buffer: Tensor = memory.empty_strided_p2p((capacity,), (1,), torch.uint8, device)
         self._handle = memory.rendezvous(self._buffer, self._name)
+        self._side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         _meetings += 1
 
     def all_reduce(self, x: Tensor) -> Tensor | None:
@@ -124,7 +125,12 @@ class PeerMemory:
         return summed
 
     def check(self) -> None:
-        """Sums once in either way, so that no graph has to load a kernel. Raises RuntimeError if it does not add up."""
+        """Sums once in either way. Raises RuntimeError if it does not add up.
+
+        Afterwards neither a graph nor `abort` has to load a kernel, which would wait for those that run.
+        """
+        spare = torch.zeros(self._size, self._size, dtype=torch.int32, device=self._device)
+        self._answer([spare] * self._size)
         wanted, until = self._size * (self._size + 1) // 2, time.monotonic() + CHECK_SECONDS
         for size in (ALIGNMENT, self._capacity):
             got = self.all_reduce(torch.full((size // 4,), self._rank + 1.0, device=self._device))
@@ -148,13 +154,16 @@ class PeerMemory:
         until, main = time.monotonic() + ABORT_SECONDS, torch.cuda.default_stream(self._device)
         pads = [self._handle.get_signal_pad(rank, dtype=torch.int32) for rank in range(self._size)]
         signals = [pad[: pad.numel() // self._size * self._size].view(-1, self._size) for pad in pads]
-        side = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
-        with torch.cuda.stream(side):
-            while not main.query() and time.monotonic() < until:
-                for rank in set(range(self._size)) - {self._rank}:
-                    signals[self._rank][:, rank].fill_(1)
-                    signals[rank][:, self._rank].zero_()
-                side.synchronize()
+        while not main.query() and time.monotonic() < until:
+            self._answer(signals)
+
+    def _answer(self, signals: list[Tensor]) -> None:
+        """Writes into each rank's signals [blocks, ranks], beside what runs, what the other ranks would."""
+        with torch.cuda.stream(self._side):
+            for rank in set(range(self._size)) - {self._rank}:
+                signals[self._rank][:, rank].fill_(1)
+                signals[rank][:, self._rank].zero_()
+            self._side.synchronize()
 
 
 def share(store: Any, rank: int, size: int, device: torch.device, capacity: int) -> PeerMemory | None:
