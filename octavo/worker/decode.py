@@ -86,7 +86,7 @@ class DecodeSteps:
         self._slots = torch.zeros(len(groups), most, dtype=torch.int64, device=device)
         self._index = torch.arange(most + 1, dtype=torch.int64, device=device)
         self._starts = torch.arange(most + 1, dtype=torch.int32, device=device)
-        self._current = np.zeros(0, np.int64)
+        self._current, self._filled = np.zeros(0, np.int32), 0
         self._recorders = recorders
         self._seen: dict[int, int] = {}
         self._steps: dict[int, Replay | None] = {}
@@ -179,13 +179,14 @@ class DecodeSteps:
 
     def _set_rows(self, rows: Int32s, size: int) -> None:
         """Puts `rows` and their order into the buffers, padded to `size`; nothing to do while they stay the same."""
+        if size == self._filled and np.array_equal(rows, self._current):
+            return
         padded = np.full(size, self._padding, np.int64)
         padded[: len(rows)] = rows
-        if not np.array_equal(padded, self._current):
-            on_device, order_on_device = self._upload(padded, longest_first(self._state.host_computed[padded]))
-            self._rows[:size].copy_(on_device)
-            self._order[:size].copy_(order_on_device)
-            self._current = padded
+        on_device, order_on_device = self._upload(padded, longest_first(self._state.host_computed[padded]))
+        self._rows[:size].copy_(on_device)
+        self._order[:size].copy_(order_on_device)
+        self._current, self._filled = rows, size
 
     def _step(self, size: int) -> Tensor:
         state, rows = self._state, self._rows[:size]

@@ -6,7 +6,6 @@ own state per row (`octavo.sampling`).
 
 from __future__ import annotations
 
-from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -41,17 +40,12 @@ class RowState:
             return
         rows, values = np.array(changed, np.int64).reshape(-1, 2).T
         self.host_computed[rows] = values
-        places, blocks = self._new_blocks(plan)
-        at, ids, device_rows, device_values = upload(places, blocks, rows, values)
-        self._kernels.apply_diffs(self.tables, at, ids, self.num_computed, device_rows, device_values)
-
-    def _new_blocks(self, plan: Plan) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
-        """Places in the flat tables, and what comes there."""
-        if not plan.blocks:
-            return np.zeros(0, np.int64), np.zeros(0, np.int32)
-        rows, groups, first, ids = zip(*plan.blocks, strict=True)
         _, lines, width = self.tables.shape
-        begin = (np.array(groups) * lines + rows) * width + first
-        lengths = np.fromiter(map(len, ids), np.int64, len(ids))
-        within = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-        return np.repeat(begin, lengths) + within, np.fromiter(chain.from_iterable(ids), np.int32)
+        places: list[int] = []
+        blocks: list[int] = []
+        for row, group, first, ids in plan.blocks:
+            begin = (group * lines + row) * width + first
+            places += range(begin, begin + len(ids))
+            blocks += ids
+        at, new, changed_rows, new_values = upload(np.array(places, np.int64), np.array(blocks, np.int32), rows, values)
+        self._kernels.apply_diffs(self.tables, at, new, self.num_computed, changed_rows, new_values)

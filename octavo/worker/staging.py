@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -34,17 +35,20 @@ class Uploader:
         """Device tensors of the same dtypes (int32, int64) and shapes."""
         if self._device.type == "cpu":
             return [torch.from_numpy(array) for array in arrays]
-        starts = np.cumsum([0, *(-(-array.nbytes // _ALIGN) * _ALIGN for array in arrays)])
-        pinned = self._pinned(int(starts[-1]))
+        *starts, size = accumulate((_padded(array.nbytes) for array in arrays), initial=0)
+        pinned = self._pinned(size)
         host = pinned.numpy()
-        for array, start in zip(arrays, starts, strict=False):
-            host[start : start + array.nbytes] = np.ascontiguousarray(array).view(np.uint8).reshape(-1)
+        for array, start in zip(arrays, starts, strict=True):
+            host[start : start + array.nbytes].view(array.dtype)[:] = array.reshape(-1)
         device = pinned.to(self._device, non_blocking=True)
         self._free[self._turn].record()
-        return [
-            device[start : start + array.nbytes].view(_DTYPES[array.dtype]).view(array.shape)
-            for array, start in zip(arrays, starts, strict=False)
-        ]
+        whole = {array.dtype: device.view(_DTYPES[array.dtype]) for array in arrays}
+        found = []
+        for array, start in zip(arrays, starts, strict=True):
+            first = start // array.itemsize
+            flat = whole[array.dtype][first : first + array.size]
+            found.append(flat if array.ndim == 1 else flat.view(array.shape))
+        return found
 
     def _pinned(self, size: int) -> Tensor:
         """A buffer that no transfer reads any more."""
@@ -56,6 +60,10 @@ class Uploader:
         if self._buffers[turn].numel() < size:
             self._buffers[turn] = torch.empty(max(2 * size, 1 << 16), dtype=torch.uint8, pin_memory=True)
         return self._buffers[turn][:size]
+
+
+def _padded(nbytes: int) -> int:
+    return -(-nbytes // _ALIGN) * _ALIGN
 
 
 class StepClock:
@@ -111,7 +119,7 @@ class Downloader:
         if self._device.type == "cpu":
             return Download([tensor.clone() for tensor in tensors], None)
         self._turn = turn = (self._turn + 1) % self._kept
-        sizes = [-(-tensor.nbytes // _ALIGN) * _ALIGN for tensor in tensors]
+        sizes = [_padded(tensor.nbytes) for tensor in tensors]
         if self._buffers[turn].numel() < sum(sizes):
             self._buffers[turn] = torch.empty(max(2 * sum(sizes), 1 << 16), dtype=torch.uint8, pin_memory=True)
         host, start = [], 0

@@ -11,7 +11,8 @@ if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
 
 from octavo.kernels import reference
 from octavo.kernels.cuda.launch import without_pdl
-from octavo.kernels.cuda.linear_hopper import HopperConfig, covers, hopper_linear
+from octavo.kernels.cuda.linear_config import HopperConfig
+from octavo.kernels.cuda.linear_hopper import covers, hopper_linear
 from tests.support.gpu import draw
 
 TOLERANCE = {torch.bfloat16: 4e-3, torch.float16: 6e-4}

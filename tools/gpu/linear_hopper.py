@@ -28,7 +28,8 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from octavo.kernels.cuda.activation import silu_mul
-from octavo.kernels.cuda.linear_hopper import HopperConfig, hopper_linear
+from octavo.kernels.cuda.linear_config import HopperConfig
+from octavo.kernels.cuda.linear_hopper import hopper_linear
 from octavo.kernels.reference import silu_mul as exact_silu_mul
 
 MODELS: dict[str, dict[str, tuple[int, int, int, bool]]] = {

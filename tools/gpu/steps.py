@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import cProfile
+import gc
 import pstats
 import random
 import time
@@ -124,6 +125,7 @@ def main() -> None:
         (worker, "sample"),
     ):
         phases.watch(owner, name, name)
+    gc.freeze()  # as the engine's process does
     with without_pdl() if args.no_pdl else nullcontext():
         for rows in args.rows:
             start(llm, rows, args.input_len, 400)

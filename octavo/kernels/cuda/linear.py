@@ -1,9 +1,9 @@
 """Matrix products for the engine's shapes: own kernels where they win, else cuBLAS; norm and SwiGLU fused where free.
 
 `linear` overrides the reference's; `norm_linear` is a product behind the residual stream's RMSNorm, `add_linear` one
-that adds to the stream. Owns no weights and picks launches by `linear_config`, on Hopper for many rows by
-`linear_hopper`. Shapes, dtypes and devices that the kernels do not cover go to the plain composition. All work is on
-the current stream; the split products of two streams must not run at the same time (shared counters).
+that adds to the stream. Owns no weights and picks launches by `linear_config`. Shapes, dtypes and devices that the
+kernels do not cover go to the plain composition. All work is on the current stream; the split products of two streams
+must not run at the same time (shared counters).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from octavo.kernels.cuda.activation import silu_mul
 from octavo.kernels.cuda.launch import INTERPRET, cdiv, pdl
-from octavo.kernels.cuda.linear_config import MATVEC_ROWS, SKINNY_ROWS, Config, config
+from octavo.kernels.cuda.linear_config import MATVEC_ROWS, SKINNY_ROWS, Config, config, hopper_config
 from octavo.kernels.cuda.linear_matvec import matvec
 from octavo.kernels.cuda.linear_skinny import skinny
 from octavo.kernels.cuda.norm import add_rms_norm, rms_norm
@@ -77,11 +77,11 @@ def norm_linear(
 
 def _many(x: Tensor, weight: Tensor, bias: Tensor | None, gated: bool = False) -> Tensor:
     """A product of many rows, and SwiGLU of it if gated: Hopper's own kernel where it is the faster one."""
-    if x.is_cuda and _is_hopper(x.device):
+    chosen = hopper_config(x.shape[0], *weight.shape, gated)
+    if chosen is not None and x.is_cuda and _is_hopper(x.device):
         from octavo.kernels.cuda import linear_hopper
 
-        chosen = linear_hopper.choose(x.shape[0], *weight.shape, gated)
-        if chosen is not None and linear_hopper.covers(x, weight, bias, gated):
+        if linear_hopper.covers(x, weight, bias, gated):
             return linear_hopper.hopper_linear(x, weight, bias, gated=gated, config=chosen)
     y = F.linear(x, weight, bias)
     return silu_mul(y) if gated else y

@@ -10,13 +10,12 @@ L2 cache holds.
 GATED: the matrix stacks gate and up. A bulk copy takes 8 rows of gate, 8 of up, 8 of gate and so on, so that a thread
 has both factors of each element of y in registers.
 
-Owns no choice of launches; knows nothing of norms.
+Owns no choice of launches (`linear_config`); knows nothing of norms.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -35,13 +34,10 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from octavo.kernels.cuda.launch import cdiv, pdl
+from octavo.kernels.cuda.linear_config import HOPPER_PIECE, HopperConfig
 
-_PIECE = 64
-PIECE = gl.constexpr(_PIECE)
-"""Columns of x and W that a stage holds."""
+PIECE = gl.constexpr(HOPPER_PIECE)
 _TYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
-PROCESSORS = 132
-"""Of the GPUs that launches were measured on."""
 _REGISTERS = {1: 128, 2: 168}
 """Groups -> registers a thread of the whole program, which the groups and the copying warp divide among them."""
 
@@ -366,62 +362,6 @@ def _product(
         )  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
-class HopperConfig:
-    """A launch: `groups` groups of warps with a [rows, columns] part of a tile each, one below the other.
-
-    `swapped`: the tile's rows are the matrix's and its columns x's. `stages` pieces are in flight; `buffers` pieces of
-    a result are under way. `band`: tiles of x's rows that go together.
-    """
-
-    swapped: bool
-    groups: int
-    rows: int
-    columns: int
-    stages: int
-    buffers: int = 2
-    band: int = 8
-
-    def tile(self) -> tuple[int, int]:
-        """Rows of x and of the matrix that a tile has."""
-        tile = (self.groups * self.rows, self.columns)
-        return (tile[1], tile[0]) if self.swapped else tile
-
-    def box(self, gated: bool) -> tuple[int, int]:
-        """Rows and outputs of y that are written at a time."""
-        if self.swapped:
-            return min(self.columns, 64), self.rows // 2 if gated else self.rows
-        return self.rows, min(self.columns // 2 if gated else self.columns, 64)
-
-    def nbytes(self, gated: bool) -> int:
-        """Shared memory, without barriers."""
-        rows, outputs = self.box(gated)
-        operands = self.stages * (self.groups * self.rows + self.columns) * _PIECE
-        return 2 * (operands + self.groups * self.buffers * rows * outputs)
-
-
-@cache
-def choose(m: int, n: int, k: int, gated: bool) -> HopperConfig | None:
-    """The launch for m rows and an [n, k] matrix; None where cuBLAS is as fast (tools/gpu/linear_hopper.py).
-
-    SwiGLU saves a pass over the product, so gated ones win everywhere; else matrices as large as a vocabulary do, and
-    many rows with more outputs than inputs. A wide tile's two halves cost 3% less than two narrow tiles, unless they
-    leave more processors idle in the last turn.
-    """
-    vocabulary, small = n >= 1 << 16, n * k < 1 << 24
-    if not (gated or (vocabulary and not 64 < m <= 128) or (m >= 4096 and n > k)):
-        return None
-    if m <= 64:
-        return HopperConfig(True, 1, 64, 64, 12) if small else HopperConfig(True, 2, 128, 64, 4, 1)
-    if small and m <= 256:
-        return HopperConfig(True, 1, 64, 128, 8) if m <= 128 else HopperConfig(True, 2, 64, 128, 6)
-    if m <= 128:
-        return HopperConfig(True, 2, 64, 128, 6)
-    wide, narrow = (HopperConfig(False, 2, 64, columns, stages, band=16) for columns, stages in ((256, 4), (128, 6)))
-    turns = [cdiv(cdiv(m, rows) * cdiv(n, columns), PROCESSORS) for rows, columns in (wide.tile(), narrow.tile())]
-    return wide if 1.94 * turns[0] <= turns[1] else narrow
-
-
 def covers(x: Tensor, weight: Tensor, bias: Tensor | None, gated: bool) -> bool:
     """Whether `hopper_linear` takes these operands: half types in rows of whole 16 bytes, on a Hopper GPU."""
     n, k = weight.shape
@@ -454,7 +394,7 @@ def hopper_linear(
     size = n // 2 if gated else n
     y = x.new_empty((m, size))
     x_rows, w_rows = config.tile()
-    x_tiles, w_tiles, blocks = cdiv(m, x_rows), cdiv(n, w_rows), cdiv(k, _PIECE)
+    x_tiles, w_tiles, blocks = cdiv(m, x_rows), cdiv(n, w_rows), cdiv(k, HOPPER_PIECE)
     dependent = pdl()
     extra: dict[str, Any] = {"launch_pdl": True} if dependent else {}
     x_desc = _describe(x, config.columns if config.swapped else config.rows)
@@ -487,7 +427,7 @@ def hopper_linear(
     return y
 
 
-def _describe(rows: Tensor, height: int, width: int = _PIECE) -> Any:
+def _describe(rows: Tensor, height: int, width: int = HOPPER_PIECE) -> Any:
     """The descriptor of a matrix for bulk copies of [height, width] elements."""
     block = [height, width]
     layout = gl.NVMMASharedLayout.get_default_for(block, _TYPES[rows.dtype])
@@ -499,7 +439,7 @@ def _describe_matrix(weight: Tensor, rows: int, gated: bool) -> Any:
     if not gated:
         return _describe(weight, rows)
     n, k = weight.shape
-    block = [rows // 16, 2, 8, _PIECE]
+    block = [rows // 16, 2, 8, HOPPER_PIECE]
     layout = gl.NVMMASharedLayout(128, 16, rank=4)
     return TensorDescriptor(weight, [n // 16, 2, 8, k], [8 * k, n // 2 * k, k, 1], block, layout)
 
