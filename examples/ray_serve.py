@@ -9,7 +9,9 @@ Each replica is an engine with Octavo's own HTTP application in front, so every 
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from ray import serve
@@ -22,6 +24,9 @@ from octavo.server.backend import ServerSettings
 
 if TYPE_CHECKING:
     from starlette.applications import Starlette
+
+DRAIN_SECONDS = 600
+"""For a replica that is no longer needed to finish its requests; Serve's own 20 s would cut long ones off."""
 
 
 @serve.ingress()
@@ -66,6 +71,16 @@ def parser_of_flags() -> argparse.ArgumentParser:
         metavar="X",
         help="Requests in flight in each replica from which one more is started (32)",
     )
+    group.add_argument(
+        "--upscale-delay",
+        type=float,
+        default=5,
+        metavar="S",
+        help="Seconds above the target before one more starts (5)",
+    )
+    group.add_argument(
+        "--downscale-delay", type=float, default=60, metavar="S", help="Seconds below it before one ends (60)"
+    )
     group.add_argument("--gpus-per-replica", type=int, default=0, metavar="N", help="GPUs that Ray gives each (0)")
     group.add_argument("--cpus-per-replica", type=int, default=1, metavar="N", help="CPUs that Ray gives each (1)")
     return parser
@@ -85,14 +100,22 @@ def main() -> None:
             min_replicas=flags.min_replicas,
             max_replicas=flags.max_replicas,
             target_ongoing_requests=flags.target_ongoing_requests,
-            upscale_delay_s=5,
-            downscale_delay_s=60,
+            upscale_delay_s=flags.upscale_delay,
+            downscale_delay_s=flags.downscale_delay,
         ),
+        graceful_shutdown_timeout_s=DRAIN_SECONDS,
         max_ongoing_requests=int(8 * flags.target_ongoing_requests),  # beyond it requests wait in Serve
         ray_actor_options={"num_cpus": flags.cpus_per_replica, "num_gpus": flags.gpus_per_replica},
     )
     serve.start(http_options=HTTPOptions(host=flags.host, port=flags.port))
-    serve.run(deployment.bind(engine, settings), name="octavo", blocking=True)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # Ray's own would end its processes under the requests
+    try:
+        serve.run(deployment.bind(engine, settings), name="octavo", blocking=True)
+    except KeyboardInterrupt:
+        pass
+    finally:
+        with suppress(TimeoutError):  # requests in flight have a minute
+            serve.delete("octavo")  # so that nothing stays on a cluster that outlives this process
 
 
 if __name__ == "__main__":
