@@ -14,6 +14,7 @@ ranks keep to the figures of the one that holds most.
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import msgspec
@@ -37,6 +38,9 @@ RESERVE = {"cpu": GIB // 2, "cuda": GIB}
 CPU_KV_CACHE = 4 * GIB
 QUANT_BLOCK = {"auto": 1, "none": 1, "native": 32, "int8": 32}
 """Inputs that share a scale, by quantization; a GGUF file's format may ask for more, which loading tells."""
+KEPT_BITS = {"Q4_0": 4.5, "Q4_1": 5.0, "Q5_0": 6.5, "Q5_1": 7.0, "Q8_0": 8.5, "Q4_K": 5.0, "Q5_K": 7.0, "Q6_K": 7.0}
+"""Bits of a weight in memory, scales counted in, by the file's format where kernels multiply it as it is."""
+INT8_BITS = 8.5
 MAX_BLOCKS = 1 << 20
 """Where a pool sized by us ends: its bookkeeping would cost more than further pages bring."""
 
@@ -83,8 +87,8 @@ def resolve(args: EngineArgs, model: ModelFacts, device: DeviceFacts) -> tuple[E
     seqs, seqs_reason = _max_num_seqs(args, device)
     tokens, tokens_reason = _max_num_batched_tokens(args, device, seqs, length)
     overlap, overlap_reason = _overlap(args, device)
-    memory = estimate_memory(args, model, device, dtype, seqs, tokens)
-    _check_model_fits(args, model, device, dtype, memory)
+    memory = estimate_memory(args, model, device, dtype, quantization, seqs, tokens)
+    _check_model_fits(args, model, device, dtype, quantization, memory)
 
     groups = kv_groups(model)
     page = rank_page_bytes(model, groups, args.block_size, dtype, tensor, pipeline)
@@ -127,7 +131,7 @@ def resolve(args: EngineArgs, model: ModelFacts, device: DeviceFacts) -> tuple[E
         Decision("max_num_batched_tokens", str(tokens), tokens_reason),
         Decision("overlap", str(overlap), overlap_reason),
         *_parallel(tensor, pipeline, model),
-        Decision("weights", *_weights(memory, model, quantization, dtype, tensor * pipeline)),
+        Decision("weights", _gib(memory.weights), _weights(model, quantization, dtype, tensor * pipeline)),
         Decision("kv_cache", kv, blocks_reason),
     ]
 
@@ -142,14 +146,30 @@ def _parallel(tensor: int, pipeline: int, model: ModelFacts) -> list[Decision]:
     ]
 
 
-def _weights(memory: Memory, model: ModelFacts, quantization: str, dtype: str, ranks: int) -> _Choice:
-    """Memory is set aside for floats; what stays quantized takes less of it."""
-    size, kept = _gib(memory.weights), dtype
-    if quantization != "none":
-        formats = "int8" if quantization == "int8" else "the file's own formats"
-        size, kept = f"at most {size}", f"{formats}, or {dtype} where no kernel takes them"
-    whole = f"{model.num_parameters:,} parameters in {kept}"
-    return size, whole if ranks == 1 else f"of each rank; {whole} in all"
+def _weights(model: ModelFacts, quantization: str, dtype: str, ranks: int) -> str:
+    whole = f"{model.num_parameters:,} parameters in {_kept(model, quantization, dtype)}"
+    return whole if ranks == 1 else f"of each rank; {whole} in all"
+
+
+def _kept(model: ModelFacts, quantization: str, dtype: str) -> str:
+    """The number formats of the weights in memory."""
+    if quantization == "int8":
+        return "int8"
+    if quantization == "none":
+        return dtype
+    common = sorted(model.formats, key=lambda name: -model.formats[name])
+    return ", ".join(dict.fromkeys(name if name in KEPT_BITS else dtype for name in common)) or dtype
+
+
+def weight_bytes(model: ModelFacts, quantization: str, dtype: str) -> float:
+    """Of a parameter in memory, on average over all."""
+    floats = DTYPE_BYTES[dtype]
+    if quantization == "int8":
+        return INT8_BITS / 8
+    if quantization == "none" or not model.formats:
+        return floats
+    bits = sum(count * KEPT_BITS.get(name, 8 * floats) for name, count in model.formats.items())
+    return bits / 8 / sum(model.formats.values())
 
 
 def _asked(given: bool, otherwise: str) -> str:
@@ -250,7 +270,7 @@ def _overlap(args: EngineArgs, device: DeviceFacts) -> tuple[Literal[0, 1], str]
 
 
 def estimate_memory(
-    args: EngineArgs, model: ModelFacts, device: DeviceFacts, dtype: str, seqs: int, tokens: int
+    args: EngineArgs, model: ModelFacts, device: DeviceFacts, dtype: str, quantization: str, seqs: int, tokens: int
 ) -> Memory:
     """How a worker's memory is spent before the KV cache.
 
@@ -276,18 +296,24 @@ def estimate_memory(
             )
     return Memory(
         budget=budget,
-        weights=rank_parameters(model, tensor, args.pipeline_parallel_size) * size,
+        weights=math.ceil(
+            rank_parameters(model, tensor, args.pipeline_parallel_size) * weight_bytes(model, quantization, dtype)
+        ),
         activations=tokens * per_token * size + rows * model.vocab_size * 7 * max(4, size),
         reserve=RESERVE[device.kind],
     )
 
 
-def _check_model_fits(args: EngineArgs, model: ModelFacts, device: DeviceFacts, dtype: str, memory: Memory) -> None:
+def _check_model_fits(
+    args: EngineArgs, model: ModelFacts, device: DeviceFacts, dtype: str, quantization: str, memory: Memory
+) -> None:
     if memory.left > 0:
         return
     remedies = ["lower --max-num-batched-tokens and --max-num-seqs", "take a smaller model"]
-    if DTYPE_BYTES[dtype] > 2:
+    if quantization == "none" and DTYPE_BYTES[dtype] > 2:
         remedies.insert(0, "use --dtype bfloat16")
+    if quantization == "none" and device.kind == "cpu" and model.files == "gguf":
+        remedies.insert(0, "keep the file's formats (--quantization native)")
     if device.kind == "cuda" and device.count > args.tensor_parallel_size * args.pipeline_parallel_size:
         remedies.insert(0, "raise --tensor-parallel-size")
     if device.kind == "cuda" and args.gpu_memory_utilization < 0.95:
@@ -295,9 +321,9 @@ def _check_model_fits(args: EngineArgs, model: ModelFacts, device: DeviceFacts, 
     need = memory.weights + memory.activations + memory.reserve
     raise ConfigError(
         f"the model needs {_gib(need)} before any KV cache ({_gib(memory.weights)} for "
-        f"{model.num_parameters:,} parameters in {dtype}, {_gib(memory.activations)} for activations, "
-        f"{_gib(memory.reserve)} in reserve), but {device.name} has {_gib(memory.budget)} for it: "
-        f"{' or '.join(remedies)}"
+        f"{model.num_parameters:,} parameters in {_kept(model, quantization, dtype)}, "
+        f"{_gib(memory.activations)} for activations, {_gib(memory.reserve)} in reserve), "
+        f"but {device.name} has {_gib(memory.budget)} for it: {' or '.join(remedies)}"
     )
 
 

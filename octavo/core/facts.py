@@ -60,6 +60,8 @@ class ModelFacts(msgspec.Struct, frozen=True, kw_only=True):
     """Per layer: how many tokens, its own included, a token attends to; None for all."""
     dtype: str = "bfloat16"
     """The checkpoint's number format: float32, float16 or bfloat16; quantized files name their widest part."""
+    formats: dict[str, int] = {}
+    """Parameters by the number format that the file has them in ("Q4_K", "F32", ...); empty where it has one only."""
     eos_token_ids: tuple[int, ...] = ()
     """The union of what config, generation_config, tokenizer and GGUF metadata say ends a sequence."""
     bos_token_id: int | None = None

@@ -7,6 +7,7 @@ nothing; any other is refused by name. Floats are stored in 32 bits and are read
 from __future__ import annotations
 
 import math
+from collections import Counter
 from pathlib import Path
 from struct import pack, unpack, unpack_from
 from typing import Any
@@ -138,6 +139,7 @@ def gguf_facts(path: Path) -> ModelFacts:
         mlp_bias="blk.0.ffn_up.bias" in gguf.tensors,
         windows=(window,) * layers,
         dtype=_dtype(gguf),
+        formats=_formats(gguf),
         eos_token_ids=merge_ids(vocab_size, *(_token_id(gguf, name) for name in ("eos", "eot", "eom"))),
         bos_token_id=next(iter(merge_ids(vocab_size, _token_id(gguf, "bos"))), None),
         sampling_defaults=_sampling_defaults(gguf),
@@ -257,6 +259,13 @@ def _llama3_divisors(rope: RopeFacts) -> list[float]:
         smooth = min(max(smooth, 0.0), 1.0)
         divisors.append(1.0 / ((1.0 - smooth) / rope.factor + smooth))
     return divisors
+
+
+def _formats(gguf: GGUFFile) -> dict[str, int]:
+    counts: Counter[str] = Counter()
+    for tensor in gguf.tensors.values():
+        counts[tensor.type] += math.prod(tensor.shape)
+    return dict(counts)
 
 
 def _dtype(gguf: GGUFFile) -> str:

@@ -86,7 +86,7 @@ def test_defaults_on_a_gpu() -> None:
     assert found.dtype == "bfloat16"
     assert found.scheduler.max_num_batched_tokens == 8192
     assert found.scheduler.overlap == 1
-    memory = estimate_memory(EngineArgs(), LARGE, GPU, "bfloat16", 1024, 8192)
+    memory = estimate_memory(EngineArgs(), LARGE, GPU, "bfloat16", "none", 1024, 8192)
     assert memory.budget == int(80 * GIB * 0.92)
     assert memory.weights == LARGE.num_parameters * 2
     page = page_bytes(LARGE, found.cache.groups, 16, "bfloat16")
@@ -204,7 +204,7 @@ def test_a_model_that_cannot_fit_is_refused_with_need_have_and_remedy() -> None:
 def test_on_a_cpu_the_pool_is_bounded_by_4_gib_and_by_half_of_what_is_left() -> None:
     page = page_bytes(LARGE, kv_groups(LARGE), 16, "float32")
     assert config(LARGE, free(100)).cache.num_blocks == CPU_KV_CACHE // page
-    memory = estimate_memory(EngineArgs(), LARGE, free(36), "float32", 256, 512)
+    memory = estimate_memory(EngineArgs(), LARGE, free(36), "float32", "none", 256, 512)
     assert config(LARGE, free(36)).cache.num_blocks == memory.left // 2 // page
     assert "half of what is left" in reasons(LARGE, free(36))["kv_cache"]
 
@@ -402,26 +402,34 @@ def test_a_gguf_file_keeps_its_formats_on_a_cpu_unless_floats_are_asked_for() ->
     assert config(gguf, GPU).quantization == config(SMALL, CPU).quantization == "none"
 
 
+MIXED = msgspec.structs.replace(
+    LARGE, files="gguf", formats={"F32": 266_240, "Q6_K": 1_500_000_000, "Q4_K": 6_529_995_008}
+)
+"""As llama.cpp's Q4_K_M has it."""
+
+
 @pytest.mark.parametrize(
-    ("files", "args", "size", "kept"),
+    ("model", "args", "gib", "kept"),
     [
-        ("safetensors", {}, "{}", "float32"),
-        ("gguf", {"quantization": "none"}, "{}", "float32"),
-        ("gguf", {"dtype": "bfloat16"}, "{}", "bfloat16"),
-        ("gguf", {}, "at most {}", "the file's own formats, or float32 where no kernel takes them"),
-        (
-            "gguf",
-            {"quantization": "native", "dtype": "bfloat16"},
-            "at most {}",
-            "the file's own formats, or bfloat16 where no kernel takes them",
-        ),
-        ("safetensors", {"quantization": "int8"}, "at most {}", "int8, or float32 where no kernel takes them"),
+        (LARGE, {}, 29.92, "float32"),
+        (LARGE, {"quantization": "int8"}, 7.95, "int8"),
+        (MIXED, {"quantization": "none"}, 29.92, "float32"),
+        (MIXED, {"dtype": "bfloat16"}, 14.96, "bfloat16"),
+        (MIXED, {}, 5.02, "Q4_K, Q6_K, float32"),
+        (MIXED, {"quantization": "native", "dtype": "bfloat16"}, 5.02, "Q4_K, Q6_K, bfloat16"),
+        (msgspec.structs.replace(MIXED, formats={"Q2_K": 3, "Q8_0": 1}), {}, 24.42, "float32, Q8_0"),
     ],
 )
-def test_what_weights_are_kept_as_is_told(files: str, args: dict[str, Any], size: str, kept: str) -> None:
-    model = msgspec.structs.replace(LARGE, files=files)
-    device = free(100)
-    (told,) = [d for d in resolve(EngineArgs(max_model_len=512, **args), model, device)[1] if d.name == "weights"]
-    floats = LARGE.num_parameters * (2 if "bfloat16" in kept else 4) / GIB
-    assert told.value == size.format(f"{floats:.2f} GiB")
+def test_weights_take_what_their_formats_do(model: ModelFacts, args: dict[str, Any], gib: float, kept: str) -> None:
+    decisions = resolve(EngineArgs(max_model_len=512, **args), model, free(100))[1]
+    (told,) = [decision for decision in decisions if decision.name == "weights"]
+    assert told.value == f"{gib:.2f} GiB"
     assert told.reason == f"{LARGE.num_parameters:,} parameters in {kept}"
+
+
+def test_a_quantized_file_fits_where_its_floats_do_not() -> None:
+    assert config(MIXED, free(12)).cache.kv_tokens > 4096
+    message = refusal(MIXED, free(12), quantization="none")
+    assert "(29.92 GiB for" in message
+    assert "keep the file's formats (--quantization native)" in message
+    assert "in Q4_K, Q6_K, float32, " in refusal(MIXED, free(5))

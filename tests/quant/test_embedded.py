@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from octavo.config.resolve import weight_bytes
 from octavo.formats import locate, read_facts
 from octavo.kernels.cpu import quant_linear
 from tools.teacher_forced import Forced
@@ -42,6 +43,7 @@ def test_predictions_are_close_to_those_of_float_weights(native: Forced) -> None
 
 def test_weights_stay_quantized(native: Forced) -> None:
     held = dict(native.model.tensors())
-    assert sum(tensor.nbytes for tensor in held.values()) < 100e6
+    planned = weight_bytes(native.facts, "native", "float32") * native.facts.num_parameters
+    assert sum(tensor.nbytes for tensor in held.values()) == pytest.approx(planned, rel=0.005)
     assert {tensor.dtype for name, tensor in held.items() if "norm" not in name} == {torch.uint8}
     assert held["blocks.0.attn.qkv.weight"].shape[0] == 960 // 16

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from octavo.attention.reference import ReferenceAttention
+from octavo.config.resolve import INT8_BITS, KEPT_BITS
 from octavo.core.errors import ConfigError, UnsupportedModel
 from octavo.kernels import load
 from octavo.kernels.compile import BuildError
@@ -24,6 +25,7 @@ from octavo.weights.gguf_types import dequantize
 if quant_linear.available() is not None:
     pytest.skip("no C compiler here", allow_module_level=True)
 
+from octavo.kernels.cpu.quant_linear import Packed
 from octavo.quant.gguf import FORMATS, GGUF
 from octavo.quant.int8 import Int8
 
@@ -80,6 +82,16 @@ def check(layer: Linear, x: Tensor, weight: Tensor, bias: Tensor | None = None) 
     if bias is not None:
         expected += bias.double()
     torch.testing.assert_close(layer(x).double(), expected, rtol=1e-5, atol=1e-4 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("type_name", sorted(FORMATS | KEPT_BITS))
+def test_memory_is_what_is_planned(type_name: str) -> None:
+    packed = GGUF().pack(blocks(type_name, 64, 512), torch.float32)
+    assert isinstance(packed, Packed)
+    assert packed.data.nbytes * 8 == 64 * 512 * KEPT_BITS[type_name]
+    rounded = Int8().pack(torch.ones(64, 512), torch.float32)
+    assert isinstance(rounded, Packed)
+    assert rounded.data.nbytes * 8 == 64 * 512 * INT8_BITS
 
 
 @pytest.mark.parametrize("type_name", sorted(FORMATS))
