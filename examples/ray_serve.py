@@ -104,7 +104,7 @@ def main() -> None:
             downscale_delay_s=flags.downscale_delay,
         ),
         graceful_shutdown_timeout_s=DRAIN_SECONDS,
-        max_ongoing_requests=int(8 * flags.target_ongoing_requests),  # beyond it requests wait in Serve
+        max_ongoing_requests=max(int(8 * flags.target_ongoing_requests), 1),  # beyond it requests wait in Serve
         ray_actor_options={"num_cpus": flags.cpus_per_replica, "num_gpus": flags.gpus_per_replica},
     )
     serve.start(http_options=HTTPOptions(host=flags.host, port=flags.port))
