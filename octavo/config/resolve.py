@@ -327,6 +327,19 @@ def _check_model_fits(
     )
 
 
+def check_floats_fit(config: EngineConfig) -> None:
+    """Raises ConfigError when weights that were to stay quantized, and cannot, leave no room for the KV cache."""
+    model, cache = config.model, config.cache
+    weights = model.num_parameters * DTYPE_BYTES[config.dtype]
+    kv = cache.num_blocks * rank_page_bytes(model, cache.groups, cache.block_size, cache.dtype, 1, 1)
+    if weights + kv > config.device.free_memory:
+        raise ConfigError(
+            f"no kernels for the file's own formats compile here, and in {config.dtype} its weights take "
+            f"{_gib(weights)} beside {_gib(kv)} of KV cache, but {_gib(config.device.free_memory)} are free: "
+            "install gcc or clang, or take a smaller model or --kv-cache-memory-bytes"
+        )
+
+
 def rank_page_bytes(
     model: ModelFacts, groups: tuple[KVGroup, ...], block_size: int, dtype: str, tensor: int, pipeline: int
 ) -> int:

@@ -19,6 +19,7 @@ from octavo.attention import Batch, KVCache, attn_specs, load_backend
 from octavo.config.engine import EngineConfig
 from octavo.config.kv import blocks_for
 from octavo.config.parallel import shard_of, stage_layers
+from octavo.config.resolve import check_floats_fit
 from octavo.core.plan import Int32s, Masks, Plan, StepResult
 from octavo.core.request import TokenLogprobs
 from octavo.kernels import load as load_kernels
@@ -114,6 +115,8 @@ class Worker:
             device_kind=device.kind,
             dtype=dtype,
         )
+        if config.quantization == "auto" and not scheme.keeps:
+            check_floats_fit(config)
         self._attention = load_backend(self._kernels, specs, self._device, dtype)
         model = build_model(
             facts,

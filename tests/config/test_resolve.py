@@ -13,7 +13,7 @@ from octavo.config.device import detect_cpu
 from octavo.config.engine import EngineConfig
 from octavo.config.kv import kv_groups, page_bytes, pages_for_sequence
 from octavo.config.parallel import shard_of, stage_layers
-from octavo.config.resolve import CPU_KV_CACHE, GIB, RESERVE, estimate_memory, resolve
+from octavo.config.resolve import CPU_KV_CACHE, GIB, RESERVE, check_floats_fit, estimate_memory, resolve
 from octavo.core.errors import ConfigError
 from octavo.core.facts import DeviceFacts, ModelFacts, RopeFacts
 
@@ -433,3 +433,10 @@ def test_a_quantized_file_fits_where_its_floats_do_not() -> None:
     assert "(29.92 GiB for" in message
     assert "keep the file's formats (--quantization native)" in message
     assert "in Q4_K, Q6_K, float32, " in refusal(MIXED, free(5))
+
+
+def test_floats_in_place_of_quantized_weights_must_fit() -> None:
+    check_floats_fit(config(MIXED, free(40)))
+    tight = config(MIXED, free(12))
+    with pytest.raises(ConfigError, match=r"in float32 its weights take 29\.92 GiB .* install gcc or clang"):
+        check_floats_fit(tight)
