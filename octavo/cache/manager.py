@@ -20,6 +20,8 @@ from octavo.core.sequence import Sequence
 
 NewBlocks = list[tuple[int, int, list[int]]]
 """(group, first index in the block table, block ids)."""
+TOGETHER = 4
+"""Blocks of generated tokens that become findable at once: several take little more than one."""
 
 
 class CacheManager:
@@ -32,6 +34,9 @@ class CacheManager:
         self.prefix_caching = config.prefix_caching
         self.windows = [group.window for group in config.groups]
         self._windowed = any(self.windows)
+        lasts = all(w is None or w > TOGETHER * self.block_size for w in self.windows)
+        self.together = TOGETHER if lasts else 1
+        """Blocks published at once while a sequence goes on, so few that no window leaves them behind before."""
         self._window_blocks = [
             None if w is None else blocks_for(w - 1 + max_chunk + self.block_size, self.block_size)
             for w in self.windows
@@ -172,7 +177,7 @@ class CacheManager:
     def publish(self, seq: Sequence, least: int = 1) -> None:
         """Makes findable the full blocks whose tokens are known and whose KV is written or scheduled.
 
-        Does nothing when they are fewer than `least`; several at a time take little more than one.
+        Does nothing when they are fewer than `least`.
         """
         size, published = self.block_size, seq.published
         if seq.identity is None or seq.capacity < (published + least) * size:
@@ -187,13 +192,6 @@ class CacheManager:
                 if table[i]:
                     publish(table[i], (digests[i], group))
         seq.published = full
-
-    def unpublish(self, seq: Sequence) -> None:
-        """Forgets the identity of every block of `seq`: a step that was to write some of them failed."""
-        for table in seq.blocks:
-            for block in table:
-                if block:
-                    self.pool.unpublish(block)
 
     def _extend_digests(self, seq: Sequence, count: int) -> None:
         assert seq.identity is not None

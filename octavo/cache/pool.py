@@ -41,7 +41,7 @@ class BlockPool:
         blocks = [free.popitem(False)[0] for _ in range(count)]
         for block in blocks:
             if keys[block] is not None:
-                self._forget(block)
+                self.forget_block(block)
             refs[block] = 1
         return blocks
 
@@ -71,18 +71,13 @@ class BlockPool:
             self._by_key[key] = block
             self._keys[block] = key
 
-    def unpublish(self, block: int) -> None:
-        self._forget(block)
-
-    def forget_all(self) -> bool:
-        """Drops every identity; False, and nothing done, while any page is owned."""
-        if self.num_used:
-            return False
+    def forget(self) -> None:
+        """Drops every identity."""
         for block in list(self._by_key.values()):
-            self._forget(block)
-        return True
+            self.forget_block(block)
 
-    def _forget(self, block: int) -> None:
+    def forget_block(self, block: int) -> None:
+        """Drops a page's identity, if it has one."""
         key = self._keys[block]
         if key is not None:
             del self._by_key[key]

@@ -279,6 +279,8 @@ def estimate_memory(
     sorted values, indices and probabilities, seven numbers of at least 4 bytes for each entry:
 
         T x (3 hidden + 2 q + 2 kv + 3 intermediate) x bytes + S x vocabulary x 7 x max(4, bytes)
+
+    Weights that stay quantized are counted with the file's average, which may differ between the stages of a pipeline.
     """
     size, tensor = DTYPE_BYTES[dtype], args.tensor_parallel_size
     shard, intermediate = shard_of(model, tensor), model.intermediate_size // tensor

@@ -115,7 +115,11 @@ class Engine:
 
     def reset_prefix_cache(self) -> bool:
         """Forgets all cached prefixes; False while any block is in use."""
-        return self.scheduler.cache.pool.forget_all()
+        pool = self.scheduler.cache.pool
+        if pool.num_used:
+            return False
+        pool.forget()
+        return True
 
     def step(self) -> list[Delta]:
         """One turn of the loop. A step that fails ends its own requests with an error.

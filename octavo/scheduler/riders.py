@@ -71,10 +71,6 @@ class Riders:
             self._due[due].discard(seq)
             self.telling.discard(seq)
 
-    def clear(self) -> None:
-        for seq in list(self._members):
-            self.remove(seq)
-
     def due(self) -> list[Sequence]:
         """Those that the next step needs a word about, in order of arrival."""
         return sorted(self._due.get(self._clock.now, ()), key=attrgetter("order"))
@@ -86,3 +82,13 @@ class Riders:
         if self._crew is None:
             self._crew = Crew.of(list(self._members))
         return self._crew
+
+    def check(self) -> None:
+        """Asserts that each is one token short, in a row, and due in time."""
+        assert {seq: due for due, group in self._due.items() for seq in group} == self._members, "dues differ"
+        for seq, due in self._members.items():
+            assert seq.riding, "a rider has another clock"
+            assert seq.row is not None, "a rider has no row"
+            assert seq.todo == 1, "a rider is not one token short"
+            steps = due - self._clock.now
+            assert 0 <= steps <= min(seq.capacity, seq.limit - 1) - seq.num_computed, "a rider is due too late"

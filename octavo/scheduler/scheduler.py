@@ -11,7 +11,8 @@ yet is preempted: it gives up its blocks and waits, before all newcomers, to rec
 Rules of running ahead that live here:
 - `schedule` needs counts only, never the tokens of the step in flight; a finished sequence's late tokens are dropped.
 - Prompt blocks are published when they are scheduled (all KV writes of a layer precede its attention, so even the same
-  step may share them), generated ones at commit; `fail` unpublishes.
+  step may share them), generated ones some at a time when another block is asked for, and the rest when their sequence
+  leaves; `fail` forgets them all.
 - With several stages as many plans are in flight, of different rows each: a sequence with a token in flight waits, and
   a plan takes its share of the running ones.
 - A preempted sequence with a token in flight is not readmitted before the token has arrived; one whose drafts are being
@@ -41,8 +42,6 @@ from octavo.scheduler.seams import Constraint, Proposer, SiblingsShare
 from octavo.scheduler.step import Inflight, StepBuilder
 
 _UINT64 = 2**64
-PUBLISHED_TOGETHER = 4
-"""Blocks of generated tokens that become findable at once; the last ones when their sequence ends."""
 
 
 class Scheduler:
@@ -77,6 +76,8 @@ class Scheduler:
         self._retire: list[int] = []
         self._rewind: dict[int, int] = {}
         self._riders = Riders()
+        self._rides = proposer is None and config.stages == 1
+        """Else who goes on is decided anew for each step."""
         self._inflight: deque[Inflight] = deque()
         self._order = 0
         self._steps = 0
@@ -157,15 +158,20 @@ class Scheduler:
         for seq in attend:
             if seq.row is not None:  # else preempted for one before it
                 self._attend(step, seq)
-        step.telling |= riders.telling
-        step.take(riders.advance())
+        if self._rides:
+            step.telling |= riders.telling
+            step.take(riders.advance())
+        else:
+            for seq in step.attended:
+                seq.gain()
+                if not seq.quiet:
+                    step.telling.add(seq)
+            step.take(Crew.of(step.attended))
         self.cache.computed += len(step.decode)
-        if self._proposer is not None or self.config.stages > 1:  # who goes on is decided anew
-            riders.clear()
         return longer
 
     def _attend(self, step: StepBuilder, seq: Sequence) -> None:
-        """Lets a sequence that is one token short ride on until it needs a block or has one more token to sample."""
+        """Makes room for the token that a sequence is short; it may ride on until it needs a block or is at its end."""
         computed = seq.num_computed
         left = seq.limit - 1 - computed  # tokens to sample
         if left <= 0 or (computed == seq.capacity and not self._make_room(step, seq, 1)):
@@ -174,8 +180,9 @@ class Scheduler:
         if left == 1:
             step.telling.add(seq)
         step.attended.append(seq)
-        room = seq.capacity - computed
-        self._riders.add(seq, room if room < left else max(left - 1, 1))
+        if self._rides:
+            room = seq.capacity - computed
+            self._riders.add(seq, room if room < left else max(left - 1, 1))
 
     def _close_longer(self, step: StepBuilder, sequences: list[Sequence]) -> None:
         """Schedules what the budget holds of longer gaps."""
@@ -195,7 +202,7 @@ class Scheduler:
 
     def _make_room(self, step: StepBuilder, seq: Sequence, count: int) -> bool:
         """Grows the block tables by `count` tokens; False when the pool is dry and `seq` waits or was preempted."""
-        self.cache.publish(seq, PUBLISHED_TOGETHER)
+        self.cache.publish(seq, self.cache.together)
         self.cache.leave_behind(seq)
         while (new := self.cache.grow(seq, seq.num_computed + count)) is None:
             placed = {*step.attended, *step.members()}
@@ -316,7 +323,7 @@ class Scheduler:
     # Results
 
     def commit(self, result: StepResult, now: float = 0.0) -> list[Delta]:
-        """Takes in the oldest step in flight: tokens are appended, ended sequences leave, blocks are published."""
+        """Takes in the oldest step in flight: tokens are appended, ended sequences leave."""
         step = self._inflight.popleft()
         deltas: list[Delta] = []
         for i, (position, entries) in result.prompt_logprobs.items():
@@ -375,8 +382,6 @@ class Scheduler:
             if first:
                 _begin(delta, seq)
         if reason is not None:
-            if seq.status is Status.RUNNING:
-                self.cache.publish(seq)
             self._end(seq, reason)
         return delta
 
@@ -386,6 +391,8 @@ class Scheduler:
 
     def _end(self, seq: Sequence, reason: FinishReason) -> None:
         if seq.status is Status.RUNNING:
+            if reason != "error":
+                self.cache.publish(seq)
             self._leave(seq)
         elif self._waiting.pop(seq.order, None) is None:
             self._preempted.remove(seq)
@@ -396,13 +403,13 @@ class Scheduler:
             del self._requests[seq.request.id]
 
     def fail(self, error: str) -> list[Delta]:
-        """Ends every sequence of the steps in flight, which did not execute, and forgets what they published."""
-        deltas = []
-        for step in self._inflight:
-            for seq in step.members:
-                if not seq.finished:
-                    self.cache.unpublish(seq)
-                    deltas.append(self.refuse(seq, error))
+        """Ends every sequence of the steps in flight, which did not execute.
+
+        Forgets all cached prefixes: those that have left since may have published what these steps were to write.
+        """
+        self.cache.pool.forget()
+        members = (seq for step in self._inflight for seq in step.members)
+        deltas = [self.refuse(seq, error) for seq in members if not seq.finished]
         self._inflight.clear()
         return deltas
 
@@ -441,6 +448,7 @@ class Scheduler:
         assert all(not s.blocks and s.row is None for s in waiting), "a waiting sequence owns something"
         owned = sum(bool(b) for s in alive for table in s.blocks for b in table)
         assert owned == self.cache.owned, "owned entries are miscounted"
+        self._riders.check()
         assert self.cache.computed == sum(s.num_computed for s in self._running), "computed tokens are miscounted"
         assert self.cache.capacity == sum(s.capacity for s in self._running), "capacity is miscounted"
 

@@ -90,7 +90,7 @@ async def _serve(
 async def _stop_on_death(backend: Backend, stop: Stop) -> EngineDead | None:
     """Asks for a stop when the engine dies, and says how; None when a stop was asked for before."""
     death = await stop.unless_asked(backend.death())
-    if death is not None:
+    if death is not None and not stop.asked.is_set():
         stop.ask()
     return death
 
@@ -126,6 +126,7 @@ class Stop:
                 await asyncio.wait((task,))
             return None if task.cancelled() else task.result()
         finally:
+            task.cancel()
             asked.cancel()
 
 

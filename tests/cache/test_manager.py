@@ -84,7 +84,7 @@ def test_a_missing_block_of_the_window_shortens_the_hit() -> None:
     cache = manager([None, 6])
     seq = sequence(cache, list(range(24)))
     compute(cache, seq, 24)
-    cache.pool.unpublish(seq.blocks[1][4])
+    cache.pool.forget_block(seq.blocks[1][4])
     assert cache.find(sequence(cache, list(range(25)))) == 4
 
 

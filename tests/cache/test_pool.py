@@ -40,19 +40,20 @@ def test_the_first_page_of_an_identity_wins() -> None:
     pool.publish(first, (b"a", 0))
     pool.publish(second, (b"a", 0))
     assert pool.lookup((b"a", 0)) == first
-    pool.unpublish(second)
+    pool.forget_block(second)
     assert pool.lookup((b"a", 0)) == first
     pool.check([[first, second]])
 
 
-def test_reset_waits_for_owners() -> None:
+def test_what_is_forgotten_keeps_its_owner() -> None:
     pool = BlockPool(3)
-    (block,) = pool.take(1)
-    pool.publish(block, (b"a", 0))
-    assert not pool.forget_all()
-    pool.release([block])
-    assert pool.forget_all()
-    assert pool.lookup((b"a", 0)) is None
+    owned, free = pool.take(2)
+    pool.publish(owned, (b"a", 0))
+    pool.publish(free, (b"b", 0))
+    pool.release([free])
+    pool.forget()
+    assert pool.lookup((b"a", 0)) is pool.lookup((b"b", 0)) is None
+    pool.check([[owned]])
 
 
 def test_check_finds_a_leak() -> None:

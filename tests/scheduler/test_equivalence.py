@@ -7,7 +7,7 @@ from itertools import product
 import pytest
 
 from octavo.core.params import SamplingParams
-from octavo.core.request import Request
+from octavo.core.request import Delta, Request
 from tests.support.drive import Driver
 from tests.support.echo import naive, salt_of
 
@@ -87,3 +87,40 @@ def test_a_whole_request_that_is_ended_tells_what_it_has() -> None:
         assert delta.token_ids == naive([7, 3, 9], len(delta.token_ids), [None], 3 + index, 20)
     assert driver.scheduler.finish("r") == []
     assert not driver.scheduler.has_work()
+
+
+@pytest.mark.parametrize("ended", ["length", "abort"])
+def test_generated_blocks_are_found_whatever_ended_their_sequence(ended: str) -> None:
+    driver = Driver(windows=[None], num_blocks=60, max_len=100, vocab=40, overlap=1)
+    most = 40 if ended == "length" else 80
+    params = SamplingParams(temperature=1.0, seed=3, max_tokens=most, ignore_eos=True)
+    driver.scheduler.add(Request("first", [7, 3, 9], params, 0.0))
+    tokens: list[int] = []
+    while len(tokens) < 40:
+        tokens += [token for delta in driver.turn() for token in delta.token_ids]
+    driver.scheduler.finish("first")
+    driver.run()
+    driver.scheduler.add(Request("next", [7, 3, 9, *tokens, 1], SamplingParams(max_tokens=1), 0.0))
+    (delta,) = driver.run()
+    assert delta.cached_tokens == 40  # of 43, in blocks of 4
+
+
+def test_what_a_failed_step_was_to_write_is_not_found() -> None:
+    driver = Driver(windows=[None], num_blocks=60, vocab=40)
+    tokens = naive([7, 3, 9], 5, [None], 3, 40)
+    assert tokens[-1] not in tokens[:-1]
+    params = SamplingParams(temperature=1.0, seed=3, max_tokens=30, ignore_eos=True, stop_token_ids=[tokens[-1]])
+    scheduler = driver.scheduler
+    scheduler.add(Request("first", [7, 3, 9], params, 0.0))
+    ahead = None
+    while (plan := scheduler.schedule()) is not None:  # the last one is to write the token that ended the sequence
+        launched = driver.worker.execute(plan)
+        deltas: list[Delta] = [] if ahead is None else scheduler.commit(ahead)
+        ahead = launched
+        if any(delta.finish_reason == "stop" for delta in deltas):
+            break
+    assert scheduler.fail("no luck") == []
+    scheduler.check()
+    scheduler.add(Request("next", [7, 3, 9, *tokens, 1], SamplingParams(max_tokens=1), 0.0))
+    (delta,) = driver.run()
+    assert delta.cached_tokens == 0

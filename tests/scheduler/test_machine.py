@@ -28,11 +28,20 @@ class SchedulerMachine(RuleBasedStateMachine):
         budget=st.integers(1, 9),
         max_seqs=st.integers(1, 4),
         overlap=st.integers(0, 1),
+        stages=st.sampled_from([1, 1, 3]),
         prefix=st.booleans(),
         draft=st.sampled_from([0, 0, 2]),
     )
     def start(
-        self, windows: list[int | None], spare: int, budget: int, max_seqs: int, overlap: int, prefix: bool, draft: int
+        self,
+        windows: list[int | None],
+        spare: int,
+        budget: int,
+        max_seqs: int,
+        overlap: int,
+        stages: int,
+        prefix: bool,
+        draft: int,
     ) -> None:
         self.windows = windows
         self.driver = Driver(
@@ -42,6 +51,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             max_seqs=max_seqs,
             max_len=MAX_LEN,
             overlap=overlap,
+            stages=stages,
             prefix_caching=prefix,
             max_draft=draft,
             vocab=VOCAB,
@@ -89,9 +99,8 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.driver.scheduler.check()
 
     @rule()
-    def reset(self) -> None:
-        pool = self.driver.scheduler.cache.pool
-        assert pool.forget_all() == (pool.num_used == 0)
+    def forget(self) -> None:
+        self.driver.scheduler.cache.pool.forget()
 
     def _take(self, deltas: list[Delta]) -> None:
         for delta in deltas:

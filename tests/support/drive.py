@@ -44,6 +44,7 @@ class Driver:
         max_seqs: int = 4,
         max_len: int = 64,
         overlap: int = 0,
+        stages: int = 1,
         prefix_caching: bool = True,
         max_draft: int = 0,
         vocab: int = 50,
@@ -54,13 +55,18 @@ class Driver:
             block_size=block_size, num_blocks=num_blocks, prefix_caching=prefix_caching, dtype="float32", groups=groups
         )
         config = SchedulerConfig(
-            max_num_seqs=max_seqs, max_num_batched_tokens=budget, max_model_len=max_len, overlap=1 if overlap else 0
+            max_num_seqs=max_seqs,
+            max_num_batched_tokens=budget,
+            max_model_len=max_len,
+            overlap=1 if overlap else 0,
+            stages=stages,
         )
         proposer = OracleProposer(windows, vocab, 3) if max_draft else None
         manager = CacheManager(cache, budget)
         self.scheduler = Scheduler(config, manager, eos=eos, proposer=proposer, max_draft=max_draft)
         self.worker = EchoWorker(groups, block_size, num_blocks, vocab)
-        self.overlap = overlap
+        self.depth = max(overlap, stages - 1)
+        """Steps that stay in flight from turn to turn."""
         self.plans: list[Plan] = []
         self._ahead: deque[StepResult] = deque()
 
@@ -71,12 +77,13 @@ class Driver:
             plan = decode_plan(encode_plan(plan))
             self.plans.append(plan)
             launched = self.worker.execute(plan)
-        deltas = self.scheduler.commit(self._ahead.popleft()) if self._ahead else []
+        deltas: list[Delta] = []
+        if self._ahead and (launched is None or len(self._ahead) == self.depth):
+            deltas += self.scheduler.commit(self._ahead.popleft())
         if launched is not None:
-            if self.overlap:
-                self._ahead.append(launched)
-            else:
-                deltas += self.scheduler.commit(launched)
+            self._ahead.append(launched)
+            if not self.depth:
+                deltas += self.scheduler.commit(self._ahead.popleft())
         return deltas
 
     def run(self, limit: int = 10_000) -> list[Delta]:
