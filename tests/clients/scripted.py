@@ -50,9 +50,8 @@ class ScriptedBackend(EchoBackend):
     async def generate(
         self, prompt: Prompt, params: SamplingParams, request_id: str, **options: Any
     ) -> AsyncGenerator[RequestOutput]:
-        assert isinstance(prompt, list)
-        self.inputs.process(prompt, params, request_id, arrival=0.0)  # refuses what any engine would
-        self.prompts.append(bytes(token for token in prompt if token < 256).decode())
+        request, _ = self.inputs.process(prompt, params, request_id, arrival=0.0)  # refuses what any engine would
+        self.prompts.append(bytes(token for token in request.prompt_token_ids if token < 256).decode())
         self.params.append(params)
         reply = self._replies.popleft().encode()
         async with aclosing(super().generate([*reply], params, request_id, **options)) as outputs:
