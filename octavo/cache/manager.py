@@ -125,7 +125,7 @@ class CacheManager:
             return []
         tables, size = seq.blocks, self.block_size
         have = len(tables[0])
-        missing = -(-tokens // size) - have
+        missing = blocks_for(tokens, size) - have
         if missing * len(tables) > self.pool.num_free:
             return None
         new: NewBlocks = []
@@ -179,16 +179,13 @@ class CacheManager:
 
         Does nothing when they are fewer than `least`.
         """
-        size, published = self.block_size, seq.published
-        if seq.identity is None or seq.capacity < (published + least) * size:
-            return
-        full = min(seq.num_computed, len(seq.tokens)) // size
-        if full < published + least:
+        full = min(seq.num_computed, len(seq.tokens)) // self.block_size
+        if seq.identity is None or full < seq.published + least:
             return
         self._extend_digests(seq, full)
         digests, publish = seq.digests, self.pool.publish
         for group, table in enumerate(seq.blocks):
-            for i in range(published, full):
+            for i in range(seq.published, full):
                 if table[i]:
                     publish(table[i], (digests[i], group))
         seq.published = full

@@ -72,8 +72,6 @@ class Sampler:
         self._filtered = np.zeros(max_rows + 1, np.bool_)
         self._stale: set[int] = set()
         self._logprobs = np.full(max_rows + 1, -1, np.int64)
-        self._num_logprobs = 0
-        """Rows that want log-probabilities."""
 
     def add(self, admit: Admit) -> None:
         """A sequence takes a row. With `params.uses_history`, `admit.history` must hold its `num_tokens` tokens."""
@@ -85,21 +83,17 @@ class Sampler:
             array[row] = value
         self._filtered[row] = top_k > 0 or params.top_p < 1 or params.min_p > 0
         self._stale.add(row)
-        self._set_logprobs(row, -1 if params.logprobs is None else params.logprobs)
+        self._logprobs[row] = -1 if params.logprobs is None else params.logprobs
         for transform in self._transforms:
             transform.remove(row)
             transform.add(row, admit)
 
     def remove(self, row: int) -> None:
         """The row is free; nothing of it stays but numbers that nobody reads."""
-        self._set_logprobs(row, -1)
+        self._logprobs[row] = -1
         self._host["temperature"][row] = 0.0
         for transform in self._transforms:
             transform.remove(row)
-
-    def _set_logprobs(self, row: int, count: int) -> None:
-        self._num_logprobs += int(count >= 0) - int(self._logprobs[row] >= 0)
-        self._logprobs[row] = count
 
     def __call__(
         self,
@@ -145,7 +139,7 @@ class Sampler:
 
     def is_plain(self, rows: Rows) -> bool:
         """Whether these rows need no more than `draw`: no transform, no log-probabilities."""
-        wants = self._num_logprobs > 0 and bool((self._logprobs[rows] >= 0).any())
+        wants = self._logprobs.max() >= 0 and (self._logprobs[rows] >= 0).any()  # mostly no row at all does
         return not wants and not any(map(len, self._transforms))
 
     def is_filtered(self, rows: Rows) -> bool:
