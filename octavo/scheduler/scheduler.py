@@ -298,7 +298,7 @@ class Scheduler:
             seq.num_computed += len(draft)
             self.cache.computed += len(draft)
             step.drafted.append(seq)
-        step.decode, step.decode_rows = decode, Crew.of(decode).rows
+        step.crew = Crew.of(decode)
 
     def _preempt(self, seq: Sequence) -> None:
         self.stats.preemptions += 1

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from octavo.cache import NewBlocks
-from octavo.core.plan import Admit, Int32s, Plan
+from octavo.core.plan import Admit, Plan
 from octavo.core.sequence import Sequence
 from octavo.scheduler.riders import Crew
 
@@ -34,9 +34,9 @@ class StepBuilder:
     number: int
     budget: int
     attended: list[Sequence] = field(default_factory=list)
-    """Those looked at that will be of `decode`."""
-    decode: list[Sequence] = field(default_factory=list)
-    decode_rows: Int32s = field(default_factory=lambda: np.zeros(0, np.int32))
+    """Those looked at that will be of the crew."""
+    crew: Crew = field(default_factory=lambda: Crew.of([]))
+    """Who gets one token."""
     telling: set[Sequence] = field(default_factory=set)
     """Those of `decode` whose token ends them, or is to be told or looked at."""
     drafted: list[Sequence] = field(default_factory=list)
@@ -53,8 +53,12 @@ class StepBuilder:
 
     def take(self, crew: Crew) -> None:
         """Gives each of `crew` one token."""
-        self.decode, self.decode_rows = crew.sequences, crew.rows
+        self.crew = crew
         self.budget -= len(crew.sequences)
+
+    @property
+    def decode(self) -> list[Sequence]:
+        return self.crew.sequences
 
     @property
     def others(self) -> list[Sequence]:
@@ -84,7 +88,7 @@ class StepBuilder:
             admit=self.admit,
             rewind=rewind,
             blocks=self.blocks,
-            rows=np.concatenate((self.decode_rows, Crew.of(others).rows)) if others else self.decode_rows,
+            rows=np.concatenate((self.crew.rows, Crew.of(others).rows)) if others else self.crew.rows,
             num_decode=len(self.decode),
             num_drafted=len(self.drafted),
             num_sampled=len(self.decode) + len(self.drafted) + len(self.closing),
