@@ -21,7 +21,9 @@ from octavo.core.sequence import Sequence
 NewBlocks = list[tuple[int, int, list[int]]]
 """(group, first index in the block table, block ids)."""
 TOGETHER = 4
-"""Blocks of generated tokens that become findable at once: several take little more than one."""
+"""Blocks that a sequence takes, and generated ones that become findable, at once: several cost little more than one."""
+PLENTY = 4
+"""The pool has plenty while one in so many of its pages is free."""
 
 
 class CacheManager:
@@ -94,7 +96,7 @@ class CacheManager:
 
     def pages_to_complete(self, seq: Sequence, held: int) -> int:
         """Pages still to take until all known tokens are computed, `held` blocks being there in each group."""
-        missing = blocks_for(len(seq.tokens), self.block_size) - held
+        missing = max(blocks_for(len(seq.tokens), self.block_size) - held, 0)
         return sum(missing if most is None else min(missing, most) for most in self._window_blocks)
 
     def admit(self, seq: Sequence, hit: int) -> NewBlocks:
@@ -120,14 +122,20 @@ class CacheManager:
         return new
 
     def grow(self, seq: Sequence, tokens: int) -> NewBlocks | None:
-        """Block tables that hold `tokens` tokens; None, and nothing done, when the pool lacks the pages."""
+        """Block tables that hold `tokens` tokens; None, and nothing done, when the pool lacks the pages.
+
+        While the pool has plenty, tables end at multiples of TOGETHER blocks, or where the sequence must, so that it asks
+        less often.
+        """
         if tokens <= seq.capacity:
             return []
-        tables, size = seq.blocks, self.block_size
-        have = len(tables[0])
-        missing = blocks_for(tokens, size) - have
-        if missing * len(tables) > self.pool.num_free:
-            return None
+        tables, size, free = seq.blocks, self.block_size, self.pool.num_free
+        have, need = len(tables[0]), blocks_for(tokens, size)
+        missing = min(-(-need // TOGETHER) * TOGETHER, blocks_for(seq.limit - 1, size)) - have
+        if free - missing * len(tables) < self.pool.num_blocks // PLENTY:
+            missing = need - have
+            if missing * len(tables) > free:
+                return None
         new: NewBlocks = []
         for group, table in enumerate(tables):
             taken = self.pool.take(missing)

@@ -38,11 +38,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(namespace: argparse.Namespace) -> int:
     from octavo.formats import locate, read_facts
 
-    if namespace.gpus < 1:
-        raise ConfigError(f"--gpus is {namespace.gpus}: give 1 or more")
     args, _, dropped = parse_given(namespace)
     for line in dropped:
         print(f"octavo: {line}", file=sys.stderr)
+    _check(args, namespace.gpus, namespace.gpu_memory)
     facts = read_facts(locate(args.model, args.revision), args.generation_config)
     gpu = gpu_of(namespace.gpu_memory, namespace.gpus)
     print(f"{facts.path}: {facts.architecture}, {facts.num_layers} layers, {facts.num_parameters:,} parameters")
@@ -55,6 +54,22 @@ def run(namespace: argparse.Namespace) -> int:
     for tensor, pipeline, reason in refused:
         print(f"not {tensor} x {pipeline}: {reason}")
     return 0 if rows else 2
+
+
+def _check(args: EngineArgs, gpus: int, memory: int) -> None:
+    """Raises ConfigError for what GPUs cannot be or do, and for the sizes that are the answer."""
+    if gpus < 1:
+        raise ConfigError(f"--gpus is {gpus}: give 1 or more")
+    if memory < 1:
+        raise ConfigError(f"--gpu-memory is {memory}: give the bytes of one GPU, such as 80G")
+    if args.tensor_parallel_size * args.pipeline_parallel_size > 1:
+        raise ConfigError(
+            "plan tries all parallel sizes: leave out --tensor-parallel-size and --pipeline-parallel-size"
+        )
+    if args.device not in ("auto", "cuda"):
+        raise ConfigError(f"--device is {args.device!r}, but plan is about GPUs that need not be here: leave it out")
+    if args.quantization not in ("auto", "none"):
+        raise ConfigError(f"--quantization is {args.quantization!r}, which is for CPUs: leave it out")
 
 
 def gpu_of(memory: int, count: int) -> DeviceFacts:

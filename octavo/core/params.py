@@ -5,7 +5,6 @@ Does not know models: what depends on the vocabulary or the context length is ch
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -163,7 +162,7 @@ def _check_number(name: str, value: float | None, bounds: tuple[float, float, bo
     kinds: tuple[type, ...] = (int,) if isinstance(low, int) else (int, float)
     if value is None or isinstance(value, bool) or not isinstance(value, kinds):
         raise InvalidRequest(f"{name} must be a number, not {value!r}", name)
-    if not math.isfinite(value) or not (low < value if open_low else low <= value) or value > high:
+    if not (low < value if open_low else low <= value) or value > high:  # NaN is neither
         opening = "(" if open_low else "["
         raise InvalidRequest(f"{name} is {value!r}, outside {opening}{low}, {high}]", name)
 
@@ -199,7 +198,7 @@ def _bias(value: dict[int, float]) -> dict[int, float]:
         raise InvalidRequest(f"logit_bias has {len(value)} entries, more than {MAX_BIAS}", "logit_bias")
     try:
         bias = {int(token): float(amount) for token, amount in value.items()}
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise InvalidRequest("logit_bias must map token ids to numbers", "logit_bias") from None
     for token, amount in bias.items():
         if not 0 <= token < 2**31 or not -100.0 <= amount <= 100.0:

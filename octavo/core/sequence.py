@@ -35,10 +35,10 @@ class Sequence:
     """One choice of one request."""
 
     __slots__ = (
-        "_clock", "_computed", "_known", "blocks", "cached_tokens", "capacity", "digests", "draft", "finish_reason",
-        "first_token_at", "identity", "index", "kept_logprobs", "last_in_row", "leader", "limit", "order", "params",
-        "prompt_len", "prompt_logprobs", "published", "quiet", "request", "row", "scheduled_at", "seed", "status",
-        "stop_ids", "tokens", "whole",
+        "_clock", "_computed", "_known", "blocks", "cached_tokens", "capacity", "detailed", "digests", "draft",
+        "finish_reason", "first_token_at", "identity", "index", "kept_logprobs", "last_in_row", "leader", "limit",
+        "order", "params", "prompt_len", "prompt_logprobs", "published", "request", "row", "scheduled_at", "seed",
+        "status", "stop_ids", "tokens", "whole",
     )  # fmt: skip
 
     def __init__(
@@ -62,7 +62,8 @@ class Sequence:
         """Prompt and accepted output, as known on the host."""
         self.prompt_len = len(self.tokens)
         self.limit = self.prompt_len + params.max_tokens
-        self.stop_ids = frozenset(params.stop_token_ids or ()) | (frozenset() if params.ignore_eos else eos)
+        ends = frozenset() if params.ignore_eos else eos
+        self.stop_ids = ends.union(params.stop_token_ids or ())
         self.leader = leader
         """The request's first sequence, whose prompt blocks this one shares; None for the first."""
         self.status = Status.WAITING
@@ -84,8 +85,8 @@ class Sequence:
         self.capacity = 0
         """Tokens that the block tables have slots for."""
         self.whole = request.whole
-        self.quiet = self.whole and not self.stop_ids and params.logprobs is None
-        """Nothing that it samples matters before its last token."""
+        self.detailed = params.logprobs is not None
+        """Its tokens come with log-probabilities."""
         self.cached_tokens = 0
         self.scheduled_at = 0.0
         self.first_token_at = 0.0

@@ -18,6 +18,7 @@ import asyncio
 import itertools
 import time
 from collections.abc import AsyncGenerator, Callable
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -38,7 +39,8 @@ from octavo.structured import Vocabulary
 from octavo.text import ChatTemplate, Tokenizer, model_template
 
 INLINE_CHARS = 4096
-"""Longer prompts are tokenized in a thread, so that they do not hold up the others' streams; grammars always."""
+"""Longer prompts are tokenized in a thread, so that they do not hold up the others' streams; bad words and grammars
+always are."""
 
 
 class _Ticket:
@@ -134,14 +136,11 @@ class AsyncLLM:
         request_id: str,
         *,
         stream: bool = True,
-        cache_salt: str = "",
-        add_special_tokens: bool = True,
         shown: frozenset[int] = frozenset(),
     ) -> AsyncGenerator[RequestOutput]:
         """Results of one request. With `stream` each holds only what is new, else there is one, complete.
 
         `shown` are ids of special tokens that stay in the text whatever `skip_special_tokens` says.
-        `add_special_tokens` False is for text that has them already, as a rendered chat template does.
         Raises InvalidRequest before anything is sent, EngineDead when the engine ends. Closing the generator aborts.
         """
         await self.check_health()
@@ -150,9 +149,7 @@ class AsyncLLM:
         ticket = self._by_name[request_id] = _Ticket()
         engine_id = next(self._engine_ids)
         try:
-            request, text = await self._prepare(
-                prompt, params, engine_id, cache_salt=cache_salt, add_special_tokens=add_special_tokens
-            )
+            request, text = await self._prepare(prompt, params, engine_id)
             await self.check_health()
             request = msgspec.structs.replace(request, whole=not stream and not params.stops)
             state = self._outputs.add(request, text, request_id=request_id, stream=stream, shown=shown)
@@ -180,23 +177,11 @@ class AsyncLLM:
                 await self.check_health()
         return state.take()
 
-    async def _prepare(
-        self, prompt: Prompt, params: SamplingParams, engine_id: str, *, cache_salt: str, add_special_tokens: bool
-    ) -> tuple[Request, str | None]:
-        arrival = time.time()
-
-        def work() -> tuple[Request, str | None]:
-            return self.inputs.process(
-                prompt,
-                params,
-                engine_id,
-                arrival=arrival,
-                cache_salt=cache_salt,
-                add_special_tokens=add_special_tokens,
-            )
-
+    async def _prepare(self, prompt: Prompt, params: SamplingParams, engine_id: str) -> tuple[Request, str | None]:
+        work = partial(self.inputs.process, prompt, params, engine_id, arrival=time.time())
         text = prompt.get("prompt") if isinstance(prompt, dict) else prompt
-        if params.structured_outputs is not None or (isinstance(text, str) and len(text) > INLINE_CHARS):
+        is_long = isinstance(text, str) and len(text) > INLINE_CHARS
+        if is_long or params.bad_words or params.structured_outputs is not None:
             return await asyncio.to_thread(work)
         return work()
 

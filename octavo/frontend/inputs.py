@@ -74,7 +74,6 @@ class InputProcessor:
         *,
         arrival: float,
         cache_salt: str = "",
-        add_special_tokens: bool = True,
     ) -> tuple[Request, str | None]:
         """The request, and the prompt's text where it was text. Raises InvalidRequest naming the parameter.
 
@@ -84,7 +83,7 @@ class InputProcessor:
         text, ids, salt = _parse(prompt)
         if ids is None:
             assert text is not None
-            ids = self.tokenize(text, add_special_tokens=add_special_tokens)
+            ids = self.tokenize(text)
         ids = self._check_prompt(ids)
         self._check_params(params)
         bad_words = self._bad_word_ids(params.bad_words or ())

@@ -97,23 +97,24 @@ class CudaComm:
         self._group, self._peers = group, peers
         self.rank, self.size = group.rank(), group.size()
         self._sum, self._join = dist.AllreduceOptions(), AllgatherOptions()
+        # On the current stream: nothing is returned to wait for.
         self._sum.asyncOp = self._join.asyncOp = False
 
     def all_reduce(self, x: Tensor) -> Tensor:
         x = x.contiguous()
         if self._peers is not None and (summed := self._peers.all_reduce(x)) is not None:
             return summed
-        self._group.allreduce([x], self._sum).wait()
+        self._group.allreduce([x], self._sum)
         return x
 
     def all_gather(self, x: Tensor) -> Tensor:
         found = x.new_empty(self.size, *x.shape)
-        self._group._allgather_base(found, x.contiguous(), self._join).wait()
+        self._group._allgather_base(found, x.contiguous(), self._join)
         return found.movedim(0, -2).flatten(-2)
 
     def meet(self, device: torch.device) -> None:
         """Connects now, when all are here: a graph cannot, and later one may come too late for the store's patience."""
-        self._group.allreduce([torch.zeros(1, device=device)], self._sum).wait()
+        self._group.allreduce([torch.zeros(1, device=device)], self._sum)
 
 
 class Pipe:

@@ -15,19 +15,37 @@ import numpy as np
 from octavo.core.plan import Int32s
 from octavo.core.sequence import STILL, Clock, Sequence
 
-_row = attrgetter("row")
+SOON = 8
+"""Steps whose riders are attended together, so that most steps need a word about none."""
+_row, _stop_ids = attrgetter("row"), attrgetter("stop_ids")
 
 
 @dataclass(frozen=True, slots=True)
 class Crew:
-    """Riders in an order that lasts while none comes or goes, and their rows [B]."""
+    """Sequences that get one token each, and what their tokens mean: the same for as long as none comes or goes."""
 
     sequences: list[Sequence]
     rows: Int32s
+    """[B]."""
+    streaming: list[tuple[int, Sequence]]
+    """Those that every token is told of, with their places."""
+    detailed: list[tuple[int, Sequence]]
+    """Those whose tokens come with log-probabilities."""
+    stops: frozenset[int]
+    """Tokens that end any of them."""
 
     @classmethod
     def of(cls, sequences: list[Sequence]) -> Crew:
-        return cls(sequences, np.fromiter(map(_row, sequences), np.int32, len(sequences)))
+        rows = np.fromiter(map(_row, sequences), np.int32, len(sequences))
+        streaming = [(i, seq) for i, seq in enumerate(sequences) if not (seq.whole or seq.detailed)]
+        detailed = [(i, seq) for i, seq in enumerate(sequences) if seq.detailed]
+        return cls(sequences, rows, streaming, detailed, frozenset().union(*map(_stop_ids, sequences)))
+
+    def stopped(self, tokens: list[int]) -> list[Sequence]:
+        """Those that their new tokens, the first of `tokens`, end."""
+        if self.stops.isdisjoint(tokens):
+            return []
+        return [seq for seq, token in zip(self.sequences, tokens, strict=False) if token in seq.stop_ids]
 
 
 class Riders:
@@ -39,21 +57,19 @@ class Riders:
         """When each is due."""
         self._due: dict[int, set[Sequence]] = {}
         self._crew: Crew | None = None
-        self.telling: set[Sequence] = set()
-        """Those whose every token matters at once."""
 
     def __len__(self) -> int:
         return len(self._members)
 
     def add(self, seq: Sequence, steps: int) -> None:
-        """Takes `seq` in, or keeps it; it is due when `steps` have been taken."""
+        """Takes `seq` in, or keeps it; it is due when `steps` have been taken, or less than SOON before."""
         due = self._clock.now + steps
+        together = due - due % SOON
+        due = together if together > self._clock.now else due
         before = self._members.get(seq)
         if before is None:
             seq.ride(self._clock)
             self._crew = None
-            if not seq.quiet:
-                self.telling.add(seq)
         else:
             self._due[before].discard(seq)
         self._members[seq] = due
@@ -69,7 +85,6 @@ class Riders:
             seq.ride(STILL)
             self._crew = None
             self._due[due].discard(seq)
-            self.telling.discard(seq)
 
     def due(self) -> list[Sequence]:
         """Those that the next step needs a word about, in order of arrival."""

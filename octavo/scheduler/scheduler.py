@@ -37,7 +37,7 @@ from octavo.config.engine import SchedulerConfig
 from octavo.core.plan import Admit, Plan, StepResult
 from octavo.core.request import Delta, FinishReason, Request, Stats, TokenLogprobs
 from octavo.core.sequence import Sequence, Status
-from octavo.scheduler.riders import Crew, Riders
+from octavo.scheduler.riders import SOON, Crew, Riders
 from octavo.scheduler.seams import Constraint, Proposer, SiblingsShare
 from octavo.scheduler.step import Inflight, StepBuilder
 
@@ -159,13 +159,10 @@ class Scheduler:
             if seq.row is not None:  # else preempted for one before it
                 self._attend(step, seq)
         if self._rides:
-            step.telling |= riders.telling
             step.take(riders.advance())
         else:
             for seq in step.attended:
                 seq.gain()
-                if not seq.quiet:
-                    step.telling.add(seq)
             step.take(Crew.of(step.attended))
         self.cache.computed += len(step.decode)
         return longer
@@ -174,11 +171,12 @@ class Scheduler:
         """Makes room for the token that a sequence is short; it may ride on until it needs a block or is at its end."""
         computed = seq.num_computed
         left = seq.limit - 1 - computed  # tokens to sample
-        if left <= 0 or (computed == seq.capacity and not self._make_room(step, seq, 1)):
+        soon = min(left, SOON)
+        if soon <= 0 or (seq.capacity - computed < soon and not self._make_room(step, seq, soon, 1)):
             self._riders.remove(seq)
             return
         if left == 1:
-            step.telling.add(seq)
+            step.ending.append(seq)
         step.attended.append(seq)
         if self._rides:
             room = seq.capacity - computed
@@ -190,7 +188,7 @@ class Scheduler:
             if not step.budget:
                 break
             count = min(seq.todo, step.budget)
-            if seq.status is Status.RUNNING and self._make_room(step, seq, count):
+            if seq.status is Status.RUNNING and self._make_room(step, seq, count, count):
                 self._place(step, seq, count)
 
     def _waits(self, seq: Sequence) -> bool:
@@ -200,11 +198,15 @@ class Scheduler:
     def _may_draft(self, seq: Sequence) -> bool:
         return self._max_draft > 0 and not seq.params.uses_history and not seq.request.grammar
 
-    def _make_room(self, step: StepBuilder, seq: Sequence, count: int) -> bool:
-        """Grows the block tables by `count` tokens; False when the pool is dry and `seq` waits or was preempted."""
+    def _make_room(self, step: StepBuilder, seq: Sequence, count: int, least: int) -> bool:
+        """Grows the block tables by `count` tokens, or `least` where nothing is free for more.
+
+        False when the pool is dry and `seq` waits or was preempted.
+        """
         self.cache.publish(seq, self.cache.together)
         self.cache.leave_behind(seq)
-        while (new := self.cache.grow(seq, seq.num_computed + count)) is None:
+        grow, computed = self.cache.grow, seq.num_computed
+        while (new := grow(seq, computed + count) or grow(seq, computed + least)) is None:
             placed = {*step.attended, *step.members()}
             victim = next((s for s in reversed(self._running) if s not in placed), None)
             if victim is None:
@@ -330,15 +332,17 @@ class Scheduler:
             known = step.members[i].prompt_logprobs
             if known is not None:
                 known[position:] = entries
-        for seq, token in zip(step.sampled, result.tokens[:, 0].tolist(), strict=True):
+        crew, tokens = step.crew, result.tokens[:, 0].tolist()
+        for seq, token in zip(step.members, tokens, strict=False):
             seq.tokens.append(token)  # an ended sequence may take one more, which nobody reads
         for i in step.drafted:
-            self._settle(step.sampled[i], result.tokens[i, 1 : result.num_tokens[i]].tolist())
-        for i, seq in step.telling:
-            if seq.finish_reason is None:
-                delta = self._tell(seq, len(seq.tokens) - int(result.num_tokens[i]), result.logprobs.get(i), now)
-                if delta is not None:
-                    deltas.append(delta)
+            self._settle(step.members[i], result.tokens[i, 1 : result.num_tokens[i]].tolist())
+        others = enumerate(step.sampled[len(crew.sequences) :], len(crew.sequences))
+        for i, seq in chain(crew.detailed, others):
+            deltas += self._tell(seq, int(result.num_tokens[i]), result.logprobs.get(i), now)
+        for seq in chain(step.ending, crew.stopped(tokens)):
+            deltas += self._tell(seq, 1, None, now)
+        deltas += [Delta(s.request.id, s.index, [tokens[i]]) for i, s in crew.streaming if s.finish_reason is None]
         self.stats.generated_tokens += int(result.num_tokens.sum())
         return deltas
 
@@ -354,11 +358,14 @@ class Scheduler:
             self._rewind[seq.row] = seq.num_computed
         seq.draft = []
 
-    def _tell(self, seq: Sequence, before: int, logprobs: list[TokenLogprobs] | None, now: float) -> Delta | None:
-        """Looks at the tokens from `before` on; the first that ends it is the last. The delta, unless kept for the end.
+    def _tell(self, seq: Sequence, count: int, logprobs: list[TokenLogprobs] | None, now: float) -> list[Delta]:
+        """Looks at the last `count` tokens; the first that ends the sequence is its last.
 
-        Sets `first_token_at`.
+        Nothing to tell of a sequence that has ended, or of a `whole` one before it ends. Sets `first_token_at`.
         """
+        if seq.finish_reason is not None:
+            return []
+        before = len(seq.tokens) - count
         first = not seq.first_token_at
         seq.first_token_at = seq.first_token_at or now or 1.0
         reason: FinishReason | None = None
@@ -375,7 +382,7 @@ class Scheduler:
         if seq.whole:
             seq.kept_logprobs += entries or ()
             if reason is None:
-                return None
+                return []
             delta = _whole(seq, reason, stop)
         else:
             delta = Delta(seq.request.id, seq.index, seq.tokens[before:], reason, stop, entries)
@@ -383,7 +390,7 @@ class Scheduler:
                 _begin(delta, seq)
         if reason is not None:
             self._end(seq, reason)
-        return delta
+        return [delta]
 
     def _stop_reason(self, seq: Sequence, token: int) -> int | None:
         """The stop token's id, None for an end-of-sequence token."""

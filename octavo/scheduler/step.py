@@ -18,13 +18,20 @@ from octavo.scheduler.riders import Crew
 
 @dataclass(frozen=True, slots=True)
 class Inflight:
-    """A launched plan: `sampled` in the plan's order, those with drafts beginning at `drafted`."""
+    """A launched plan: its sequences in its order, of which the first `num_sampled` get tokens."""
 
-    sampled: list[Sequence]
-    drafted: range
     members: list[Sequence]
-    telling: list[tuple[int, Sequence]]
-    """Those whose result matters at once, by their place in `sampled`; the others only keep their token."""
+    num_sampled: int
+    crew: Crew
+    """The first of all, one token each."""
+    ending: list[Sequence]
+    """Those of the crew that may have no token after this one."""
+    drafted: range
+    """Places of those with drafts."""
+
+    @property
+    def sampled(self) -> list[Sequence]:
+        return self.members[: self.num_sampled]
 
 
 @dataclass(slots=True)
@@ -37,8 +44,8 @@ class StepBuilder:
     """Those looked at that will be of the crew."""
     crew: Crew = field(default_factory=lambda: Crew.of([]))
     """Who gets one token."""
-    telling: set[Sequence] = field(default_factory=set)
-    """Those of `decode` whose token ends them, or is to be told or looked at."""
+    ending: list[Sequence] = field(default_factory=list)
+    """Those of `decode` that may have no token after this one."""
     drafted: list[Sequence] = field(default_factory=list)
     closing: list[tuple[Sequence, int]] = field(default_factory=list)
     """(sequence, first position of its chunk): chunks that reach the sequence's end, so a token is sampled."""
@@ -65,8 +72,13 @@ class StepBuilder:
         """All but `decode`."""
         return self.drafted + [seq for seq, _ in self.closing] + [seq for seq, _ in self.open]
 
+    @property
+    def num_sampled(self) -> int:
+        return len(self.decode) + len(self.drafted) + len(self.closing)
+
     def members(self) -> list[Sequence]:
-        return self.decode + self.others
+        others = self.others
+        return self.decode + others if others else self.decode
 
     @property
     def empty(self) -> bool:
@@ -91,14 +103,12 @@ class StepBuilder:
             rows=np.concatenate((self.crew.rows, Crew.of(others).rows)) if others else self.crew.rows,
             num_decode=len(self.decode),
             num_drafted=len(self.drafted),
-            num_sampled=len(self.decode) + len(self.drafted) + len(self.closing),
+            num_sampled=self.num_sampled,
             counts=np.array(counts, np.int32),
             tokens=np.array(tokens, np.int32),
         )
 
     def inflight(self) -> Inflight:
-        sampled = self.decode + self.drafted + [seq for seq, _ in self.closing]
         first = len(self.decode)
-        telling = [(i, seq) for i, seq in enumerate(self.decode) if seq in self.telling] if self.telling else []
-        telling += enumerate(sampled[first:], first)
-        return Inflight(sampled, range(first, first + len(self.drafted)), self.members(), telling)
+        drafted = range(first, first + len(self.drafted))
+        return Inflight(self.members(), self.num_sampled, self.crew, self.ending, drafted)

@@ -30,6 +30,8 @@ from octavo.server.wire import PromptTokensDetails, Usage
 
 logger = logging.getLogger(__name__)
 
+MAX_LISTED = 2**19
+"""Most log-probabilities of prompts in one answer: about 60 MB of JSON, made in about 1 s."""
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 
@@ -57,6 +59,7 @@ class Job(ABC):
         self.stream = bool(request.stream)
         self.options = _stream_options(request)
         self.cache_salt = request.cache_salt or ""
+        _check_listed(params, prompts, "logprobs" if request.prompt_logprobs is None else "prompt_logprobs")
         self.return_token_ids = bool(request.return_token_ids)
         self.tokens_as_ids = bool(request.return_tokens_as_token_ids)
         self.shown: frozenset[int] = frozenset()
@@ -113,6 +116,19 @@ def _stream_options(request: GenerationRequest) -> StreamOptions:
     return options
 
 
+def _check_listed(params: SamplingParams, prompts: list[list[int]], name: str) -> None:
+    """Every choice lists what its prompt's tokens have; `name` is the field that asks for it."""
+    if params.prompt_logprobs is None:
+        return
+    count = sum(map(len, prompts)) * params.n * (params.prompt_logprobs + 1)
+    if count > MAX_LISTED:
+        raise InvalidRequest(
+            f"{name} asks for {count} log-probabilities of prompt tokens, more than {MAX_LISTED}: ask for fewer, with "
+            "fewer choices or for less text at once",
+            name,
+        )
+
+
 async def respond(request: Request, prepare: Callable[[Context, bytes], Job]) -> Response:
     """Answers a request whose body `prepare` (thread-safe, no IO) makes a Job of.
 
@@ -127,7 +143,7 @@ async def respond(request: Request, prepare: Callable[[Context, bytes], Job]) ->
             if job.stream:
                 events = _events(job, run(context, job))
                 return EventStream(await anext(events), events, context.running)
-            return Response(job.result(await _collect(context, job)), media_type="application/json")
+            return Response(await _result(job, await _collect(context, job)), media_type="application/json")
         except InvalidRequest as error:
             raise rename(error, job.renamed) from None
 
@@ -141,6 +157,13 @@ async def _collect(context: Context, job: Job) -> list[RequestOutput]:
     async with aclosing(run(context, job)) as outputs:
         found = {prompt: output async for prompt, output in outputs}
     return [found[prompt] for prompt in range(len(job.prompts))]
+
+
+async def _result(job: Job, outputs: list[RequestOutput]) -> bytes:
+    """The body; log-probabilities, of which there may be a million, are put into words in a thread."""
+    if job.params.logprobs is None and job.params.prompt_logprobs is None:
+        return job.result(outputs)
+    return await asyncio.to_thread(job.result, outputs)
 
 
 async def _events(job: Job, outputs: Outputs) -> AsyncGenerator[bytes]:

@@ -37,7 +37,7 @@ def completion_prompts(raw: msgspec.Raw, max_model_len: int) -> list[str | list[
     What cannot be served is refused by its count of brackets or commas, before millions of objects are made of it.
     """
     text = bytes(raw)
-    head = b"".join(text[:64].split())
+    head = text[:1] + text[1:].lstrip()[:1]
     try:
         if head.startswith(b'"'):
             return [_text.decode(text)]

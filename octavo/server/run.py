@@ -24,6 +24,7 @@ from octavo.server.app import create_app
 from octavo.server.backend import Backend, ServerSettings
 from octavo.server.context import Context
 from octavo.server.listen import url_of
+from octavo.server.protocol import Protocol
 
 T = TypeVar("T")
 
@@ -159,6 +160,7 @@ async def serve_app(
     server = _Server(
         uvicorn.Config(
             app,
+            http=Protocol,
             ws="none",
             lifespan="off",
             log_config=None,

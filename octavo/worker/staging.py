@@ -66,29 +66,47 @@ def _padded(nbytes: int) -> int:
     return -(-nbytes // _ALIGN) * _ALIGN
 
 
-class StepClock:
-    """When a step began and ended on the device, and how long the device had been idle before it."""
+@dataclass(frozen=True)
+class Span:
+    """Events of one step: its begin and end, and the end of the step before; None on a CPU."""
 
-    def __init__(self, device: torch.device, before: StepClock | None) -> None:
-        self._begin: Any = None
-        self._end: Any = None
-        self._before_end: Any = None if before is None else before._end
-        if device.type == "cuda":
-            self._begin = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-            self._begin.record()
-
-    def end(self) -> None:
-        if self._begin is not None:
-            self._end = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-            self._end.record()
+    begin: Any
+    end: Any
+    before: Any
 
     def seconds(self) -> tuple[float, float]:
         """(busy, idle before) of a step that has ended on the device; zeros on a CPU."""
-        if self._end is None:
+        if self.begin is None:
             return 0.0, 0.0
-        self._end.synchronize()
-        idle = 0.0 if self._before_end is None else self._before_end.elapsed_time(self._begin)
-        return self._begin.elapsed_time(self._end) / 1000, max(idle, 0.0) / 1000
+        idle = 0.0 if self.before is None else self.before.elapsed_time(self.begin)
+        return self.begin.elapsed_time(self.end) / 1000, max(idle, 0.0) / 1000
+
+
+class StepClock:
+    """When steps begin and end on the device, kept for `kept` steps: events are used in turn."""
+
+    def __init__(self, device: torch.device, kept: int) -> None:
+        self._begins: list[Any] = _events(device, kept) or [None]
+        self._turn = 0
+        self._before: Any = None
+
+    def begin(self) -> None:
+        self._turn = (self._turn + 1) % len(self._begins)
+        if self._begins[self._turn] is not None:
+            self._begins[self._turn].record()
+
+    def end(self, event: Any) -> Span:
+        """The step ended with `event`, which keeps the time as well."""
+        span = Span(self._begins[self._turn], event, self._before)
+        self._before = event
+        return span
+
+
+def _events(device: torch.device, count: int) -> list[Any]:
+    """Events that keep the time; none on a CPU."""
+    if device.type == "cpu":
+        return []
+    return [torch.cuda.Event(enable_timing=True) for _ in range(count)]  # type: ignore[no-untyped-call]
 
 
 @dataclass(frozen=True)
@@ -107,12 +125,10 @@ class Download:
 class Downloader:
     """Copies tensors to the host without waiting, into `kept` pinned buffers that are used in turn."""
 
-    def __init__(self, device: torch.device, kept: int = DEPTH) -> None:
+    def __init__(self, device: torch.device, kept: int) -> None:
         self._device, self._kept = device, kept
         self._buffers: list[Tensor] = [torch.empty(0, dtype=torch.uint8)] * kept
-        self._events: list[Any] = []
-        if device.type == "cuda":
-            self._events = [torch.cuda.Event() for _ in range(kept)]  # type: ignore[no-untyped-call]
+        self._events = _events(device, kept)
         self._turn = 0
 
     def __call__(self, tensors: Sequence[Tensor]) -> Download:

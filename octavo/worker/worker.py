@@ -8,7 +8,7 @@ way while the forward runs, and because sampling is not inside the forward's gra
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,7 +34,7 @@ from octavo.worker.layout import Layout, lay_out
 from octavo.worker.recorder import recorders_for
 from octavo.worker.rows import RowState, longest_first
 from octavo.worker.stage import Stage
-from octavo.worker.staging import DEPTH, Download, Downloader, StepClock, Uploader
+from octavo.worker.staging import DEPTH, Download, Downloader, Span, StepClock, Uploader
 
 Progress = Callable[[str, int, int], None]
 PROMPT_SLICE = 128
@@ -64,12 +64,12 @@ class Step:
     download: Download
     """Tokens [S, K+1], log-probabilities where asked for, and with drafts how many tokens count [S]."""
     samples: Samples
-    first_sample: list[int]
+    first_sample: Sequence[int]
     """Per sampled row where its entries in `samples` begin."""
     counts: Tensor | None
     """None: one token a row."""
     prompt_logprobs: dict[int, tuple[int, list[TokenLogprobs]]]
-    clock: StepClock
+    span: Span
 
     def result(self) -> StepResult:
         tokens, *gathered = self.download.wait()
@@ -82,7 +82,7 @@ class Step:
             for i, (first, count) in enumerate(zip(self.first_sample, num_tokens, strict=True)):
                 if first in entries:
                     logprobs[i] = [entries[j] for j in range(first, first + int(count))]
-        busy, idle = self.clock.seconds()
+        busy, idle = self.span.seconds()
         return StepResult(tokens.numpy().astype(np.int32), num_tokens, logprobs, self.prompt_logprobs, busy, idle)
 
 
@@ -140,7 +140,8 @@ class Worker:
         )
         max_blocks = blocks_for(scheduler.max_model_len, cache.block_size)
         self._upload = Uploader(self._device)
-        self._download = Downloader(self._device, max(DEPTH, place.stages))
+        kept = max(DEPTH, place.stages + 1)  # the steps in flight and the one before them
+        self._clock, self._download = StepClock(self._device, kept), Downloader(self._device, kept)
         self._rows = RowState(scheduler.max_num_seqs, max_blocks, len(cache.groups), self._kernels, self._device)
         self._stage = None if pipe is None else Stage(model, pipe, self._rows, facts.hidden_size, dtype)
         self._model: ForwardModel = self._stage or model
@@ -150,7 +151,6 @@ class Worker:
         self._kv = self._allocate_kv(getattr(torch, cache.dtype))
         self._prompts: dict[int, tuple[int, list[int]]] = {}
         """Rows that want prompt log-probabilities: how many a position, and the prompt."""
-        self._clock: StepClock | None = None
         self._decode: DecodeSteps | None = None
         recorders = recorders_for(self._device, dtype) if self._attention.replays else None
         if recorders is not None and (self._links is ALONE or device.kind == "cuda"):  # no tape records what gloo does
@@ -192,7 +192,7 @@ class Worker:
     @torch.inference_mode()
     def forward(self, plan: Plan) -> Forward:
         """Applies the plan's changes and launches its forward pass."""
-        self._clock = StepClock(self._device, self._clock)
+        self._clock.begin()
         if self._stage is not None:
             self._stage.take_tokens(plan)
         for row in plan.retire:
@@ -290,7 +290,7 @@ class Worker:
                 )
             )
             self._sampler.observe(rows, samples.tokens)
-            return self._step(forward, samples, [samples.tokens[:, None]], list(range(len(rows))), None)
+            return self._step(forward, samples, [samples.tokens[:, None]], range(len(rows)), None)
         first = np.cumsum(layout.repeats) - layout.repeats
         if masks is not None:
             masks = Masks(first[masks.lines], masks.bits)
@@ -301,15 +301,14 @@ class Worker:
         return self._step(forward, samples, [tokens], first.tolist(), counts)
 
     def _step(
-        self, forward: Forward, samples: Samples, tokens: list[Tensor], first: list[int], counts: Tensor | None
+        self, forward: Forward, samples: Samples, tokens: list[Tensor], first: Sequence[int], counts: Tensor | None
     ) -> Step:
         """Starts the results on their way to the host, and to the first stage."""
         if self._stage is not None and len(first):
             self._stage.return_tokens(self._rows.last_token[forward.rows[: len(first)]])
         download = self._download([*tokens, *samples.gathered, *([] if counts is None else [counts])])
-        assert self._clock is not None
-        self._clock.end()
-        return Step(download, samples, first, counts, self._prompt_logprobs(forward), self._clock)
+        span = self._clock.end(download.event)
+        return Step(download, samples, first, counts, self._prompt_logprobs(forward), span)
 
     def _verify(self, sampled: Tensor, first: Int32s, plan: Plan, layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
         """Per sampled row its tokens [S, K+1], how many of them count [S], and the last one [S]."""

@@ -53,3 +53,23 @@ def test_nothing_fits(large: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "raise --gpu-memory-utilization" in capsys.readouterr().out
     assert main(["plan", str(large), "--load-format", "dummy", "--gpus", "0", "--gpu-memory", "80G"]) == 2
     assert "--gpus is 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--gpu-memory", "-5"], "--gpu-memory is -5"),
+        (["--tensor-parallel-size", "3"], "plan tries all parallel sizes"),
+        (["-pp", "2"], "plan tries all parallel sizes"),
+        (["--device", "cpu"], "--device is 'cpu', but plan is about GPUs"),
+        (["--quantization", "int8"], "--quantization is 'int8', which is for CPUs"),
+    ],
+)
+def test_what_would_change_nothing_is_refused(
+    large: Path, capsys: pytest.CaptureFixture[str], flags: list[str], said: str
+) -> None:
+    given = ["--load-format", "dummy", "--gpus", "8", "--gpu-memory", "80G"]
+    assert main(["plan", str(large), *given, *flags]) == 2
+    shown = capsys.readouterr()
+    assert said in shown.err
+    assert not shown.out

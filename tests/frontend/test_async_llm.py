@@ -31,8 +31,9 @@ def _leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator
 
 async def collect(llm: AsyncLLM, prompt: Any, request_id: str = "r", **params: Any) -> list[RequestOutput]:
     stream = params.pop("stream", True)
-    salt = params.pop("cache_salt", "")
-    generator = llm.generate(prompt, SamplingParams(**params), request_id, stream=stream, cache_salt=salt)
+    if salt := params.pop("cache_salt", ""):
+        prompt = {"prompt": prompt, "cache_salt": salt}
+    generator = llm.generate(prompt, SamplingParams(**params), request_id, stream=stream)
     return [output async for output in generator]
 
 
@@ -207,6 +208,18 @@ async def test_long_text_is_tokenized_beside_the_loop(fake: Start, monkeypatch: 
         (output,) = await aborted
         assert (output.finished, output.outputs[0].finish_reason) == (True, "abort")
         assert llm.stats.prefix_queries == 1, "it never reached the engine"
+
+
+async def test_bad_words_are_tokenized_beside_the_loop(fake: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    threads: list[threading.Thread] = []
+    async with fake() as llm:
+        process = llm.inputs.process
+        monkeypatch.setattr(
+            llm.inputs, "process", lambda *a, **k: threads.append(threading.current_thread()) or process(*a, **k)
+        )
+        await collect(llm, "abc", max_tokens=3, bad_words=["x"])
+        await collect(llm, "abc", max_tokens=3)
+    assert [thread is threading.current_thread() for thread in threads] == [False, True]
 
 
 async def test_reset_prefix_cache_answers(fake: Start) -> None:

@@ -11,11 +11,11 @@ if not torch.cuda.is_available():
 
 from octavo.kernels import reference
 from octavo.kernels.cuda.launch import without_pdl
-from octavo.kernels.cuda.linear import Norm, _arrivals, linear, norm_linear, product
-from octavo.kernels.cuda.linear_config import Config
+from octavo.kernels.cuda.linear import Norm, _arrivals, add_linear, linear, norm_linear, product
+from octavo.kernels.cuda.linear_config import SKINNY_ROWS, Config
 from tests.support.gpu import draw
+from tests.support.kernel_checks import poisoned
 
-pytestmark = pytest.mark.usefixtures("poisoned")
 EPS = 1e-5
 HALF = (torch.bfloat16, torch.float16)
 TOLERANCE = {torch.bfloat16: 6e-3, torch.float16: 8e-4, torch.float32: 1e-5}
@@ -56,7 +56,8 @@ def test_product(given: Config, dtype: torch.dtype) -> None:
         for m in {1, given.rows - given.rows // 3, given.rows}:
             x, weight, bias = draw(m, k, dtype=dtype), draw(n, k, dtype=dtype, scale=k**-0.5), draw(n, dtype=dtype)
             for gated in (False, True):
-                y, _ = product(x, weight, bias, given, gated=gated)
+                with poisoned():
+                    y, _ = product(x, weight, bias, given, gated=gated)
                 check(y, exact(x, weight, bias, None, gated)[0])
 
 
@@ -69,7 +70,8 @@ def test_norm_in_the_same_pass(given: Config, dtype: torch.dtype, residual: bool
             x, weight = draw(m, k, dtype=dtype), draw(n, k, dtype=dtype, scale=k**-0.5)
             norm = Norm(draw(m, k, dtype=dtype) if residual else None, draw(k, dtype=dtype), EPS)
             for gated in (False, True):
-                y, stream = product(x, weight, None, given, norm=norm, gated=gated)
+                with poisoned():
+                    y, stream = product(x, weight, None, given, norm=norm, gated=gated)
                 expected, total = exact(x, weight, None, norm, gated)
                 check(y, expected)
                 assert torch.equal(stream, total)
@@ -80,12 +82,27 @@ def test_the_chosen_launches(m: int) -> None:
     for n, k in MODEL_SHAPES:
         x, residual, weight = draw(m, k), draw(m, k), draw(n, k, scale=k**-0.5)
         gain = draw(k)
-        check(linear(x, weight, None), exact(x, weight, None, None, False)[0])
+        with poisoned():
+            check(linear(x, weight, None), exact(x, weight, None, None, False)[0])
         for gated in (False, True):
-            y, stream = norm_linear(x, residual, gain, EPS, weight, None, gated)
+            with poisoned():
+                y, stream = norm_linear(x, residual, gain, EPS, weight, None, gated)
             expected, total = exact(x, weight, None, Norm(residual, gain, EPS), gated)
             check(y, expected)
             assert torch.equal(stream, total)
+
+
+@pytest.mark.parametrize("m", [1, SKINNY_ROWS, SKINNY_ROWS + 1, 300])
+def test_sums_onto_the_stream(m: int) -> None:
+    """Of more rows than own kernels multiply; where it says no, nothing is done."""
+    x, weight, stream = draw(m, 1024), draw(520, 1024, scale=1 / 32), draw(m, 520)
+    before = stream.clone()
+    assert not add_linear(x, weight, draw(520), stream)
+    assert not add_linear(x, weight, None, draw(m, 1040)[:, ::2])
+    assert torch.equal(stream, before)
+    assert add_linear(x, weight, None, stream) == (m > SKINNY_ROWS)
+    added = reference.linear(x.double(), weight.double(), None) if m > SKINNY_ROWS else 0.0
+    check(stream, before.double() + added)
 
 
 def test_other_operands_go_to_the_plain_product() -> None:

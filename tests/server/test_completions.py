@@ -58,6 +58,13 @@ def test_sixteen_tokens_unless_told(client: openai.OpenAI) -> None:
     assert answer.choices[0].finish_reason == "length"
 
 
+@pytest.mark.parametrize("prompts", [' "a"', '[ "a"]', "[ 97 ]", "[ [ 97]]", " [ [97 ] ] "])
+def test_white_space_around_prompts(web: httpx.Client, prompts: str) -> None:
+    spaced = prompts.replace(" ", " \n" * 99)
+    answer = web.post("/v1/completions", content=f'{{"prompt": {spaced}, "max_tokens": 1}}')
+    assert answer.status_code == 200, answer.text
+
+
 def test_prompts_times_choices(client: openai.OpenAI) -> None:
     answer = complete(client, prompt=["abc", "de"], n=2)
     assert [(c.index, c.text) for c in answer.choices] == [(0, "abc"), (1, "bca"), (2, "de"), (3, "ed")]
@@ -231,6 +238,8 @@ def test_every_sampling_parameter_arrives(live: Live, web: httpx.Client) -> None
         ({"prompt": ["a"] * 100, "n": 100}, "n"),
         ({"prompt": "a", "temperature": -1}, "temperature"),
         ({"prompt": "a", "logprobs": 100}, "logprobs"),
+        ({"prompt": "a" * 4000, "n": 128, "logprobs": 20, "echo": True}, "logprobs"),
+        ({"prompt": ["a" * 4000] * 20, "n": 8, "prompt_logprobs": 20}, "prompt_logprobs"),
         ({"prompt": "a", "suffix": "x"}, "suffix"),
         ({"prompt": "a", "best_of": 2}, "best_of"),
         ({"prompt": "a", "stream_options": {"include_usage": True}}, "stream_options"),

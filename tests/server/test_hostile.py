@@ -40,7 +40,13 @@ HOSTILE: dict[str, tuple[bytes, int]] = {
     "infinity": (b'{"prompt": "a", "temperature": Infinity}', 400),
     "too large a number": (b'{"prompt": "a", "temperature": 1e999}', 400),
     "many digits": (b'{"prompt": "a", "n": ' + b"9" * 100_000 + b"}", 400),
+    **{
+        f"many digits, {name}": (b'{"prompt": "a", "%b": -%b}' % (name.encode(), b"9" * 400), 400)
+        for name in ("n", "seed", "top_k", "max_tokens", "min_tokens", "logprobs", "prompt_logprobs")
+    },
     "n": (b'{"prompt": "a", "n": 1000000}', 400),
+    "echoed": (b'{"prompt": "%b", "echo": true, "logprobs": 20, "n": 128}' % (b"a" * 3900), 400),
+    "listed": (b'{"prompt": "%b", "prompt_logprobs": 20, "n": 128}' % (b"a" * 3900), 400),
     "surrogate": (b'{"prompt": "\\ud800"}', 400),
     "surrogate name": (b'{"\\ud800": 1}', 400),
     "invalid UTF-8": (b'{"prompt": "\xff\xfe"}', 400),

@@ -5,7 +5,7 @@ Expected values come from the reference in float64 on the CPU.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
@@ -22,15 +22,18 @@ TOLERANCE = {torch.float32: 2e-6, torch.float16: 1.2e-3, torch.bfloat16: 9e-3}
 
 @contextmanager
 def poisoned() -> Iterator[None]:
-    """Fresh tensors of `torch.empty` hold NaN, or -1 for integers, so that what a kernel leaves out shows."""
-    empty = torch.empty
+    """Uninitialised tensors hold NaN, or -1 for integers, so that what a kernel leaves out shows."""
 
-    def filled(*args: Any, **kwargs: Any) -> Tensor:
-        tensor = empty(*args, **kwargs)
-        return tensor.fill_(float("nan") if tensor.is_floating_point() else -1)
+    def filling(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def filled(*args: Any, **kwargs: Any) -> Tensor:
+            tensor = make(*args, **kwargs)
+            return tensor.fill_(float("nan") if tensor.is_floating_point() else -1)
+
+        return filled
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch, "empty", filled)
+        for owner, name in ((torch, "empty"), (torch, "empty_like"), (Tensor, "new_empty")):
+            patch.setattr(owner, name, filling(getattr(owner, name)))
         yield
 
 
