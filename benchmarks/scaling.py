@@ -276,19 +276,20 @@ def reduce(rank: int, ranks: int, port: int, hidden: int, rows: list[int]) -> No
     import torch.distributed as dist
 
     from octavo.config.parallel import place_of
-    from octavo.parallel import connect, join_store
+    from octavo.parallel import Rows, connect, join_store
     from octavo.parallel.comm import HOST
 
     device = torch.device("cuda", rank)
     torch.cuda.set_device(device)
     store = join_store(HOST, port)
     times: dict[str, list[float]] = {}
-    for way, message in (("as the engine", 2 * max(rows) * hidden), ("NCCL", 0)):
+    most = Rows(max(rows), hidden, torch.bfloat16)
+    for way, sums in (("as the engine", most), ("NCCL", None)):
         links = connect(
             place_of(rank, ranks, 1),
             dist.PrefixStore(way, store),  # type: ignore[attr-defined]
             device,
-            message=message,
+            sums=sums,
         )
         times[way] = []
         for count in rows:

@@ -55,6 +55,9 @@ class Kernels(Protocol):
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """x [T, in], weight [out, in], bias [out] -> [T, out]."""
 
+    def gated_linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """silu_mul(linear(x)) [T, out / 2]: the matrix stacks gate and up."""
+
     def norm_linear(
         self,
         x: Tensor,
@@ -65,7 +68,7 @@ class Kernels(Protocol):
         bias: Tensor | None,
         gated: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        """s = x + residual (or x); returns (linear(rms_norm(s)), s). `gated`: then silu_mul, [T, out / 2]."""
+        """s = x + residual (or x); returns (linear(rms_norm(s)), s). `gated`: gated_linear of it."""
 
     def add_linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, stream: Tensor) -> bool:
         """stream [T, out] += linear(x), in place, where that saves time; False, with nothing done, elsewhere."""

@@ -19,6 +19,7 @@ __all__ = [
     "apply_masks",
     "apply_penalties",
     "embedding",
+    "gated_linear",
     "linear",
     "norm_linear",
     "prepare_decode",
@@ -42,6 +43,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.linear(x, weight, bias)
 
 
+def gated_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return silu_mul(linear(x, weight, bias))
+
+
 def norm_linear(
     x: Tensor,
     residual: Tensor | None,
@@ -52,8 +57,7 @@ def norm_linear(
     gated: bool = False,
 ) -> tuple[Tensor, Tensor]:
     h, stream = (rms_norm(x, norm_weight, eps), x) if residual is None else add_rms_norm(x, residual, norm_weight, eps)
-    y = linear(h, weight, bias)
-    return silu_mul(y) if gated else y, stream
+    return (gated_linear if gated else linear)(h, weight, bias), stream
 
 
 def add_linear(x: Tensor, weight: Tensor, bias: Tensor | None, stream: Tensor) -> bool:

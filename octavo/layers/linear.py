@@ -38,6 +38,10 @@ class Linear:
     def __call__(self, x: Tensor) -> Tensor:
         return self._scheme.apply(self._kernels, x, self._params, self._bias)
 
+    def gated(self, x: Tensor) -> Tensor:
+        """SwiGLU of the two parts: silu(first) * second."""
+        return self._scheme.apply_gated(self._kernels, x, self._params, self._bias)
+
     def onto(self, x: Tensor, stream: Tensor) -> tuple[Tensor, Tensor | None]:
         """(partial sums, stream), or (stream, None) with the sums added to it, which is overwritten then.
 

@@ -26,14 +26,20 @@ class AddNorm(RMSNorm):
         """partial, residual [T, size] -> (normalised stream, stream); without a residual `partial` is the stream."""
         if residual is None:
             return self(partial), partial
+        if (joined := self._comm.add_norm(partial, residual, self.weight, self.eps)) is not None:
+            return joined
         return self._kernels.add_rms_norm(self._comm.all_reduce(partial), residual, self.weight, self.eps)
 
     def into(
         self, linear: Linear, partial: Tensor, residual: Tensor | None, *, gated: bool = False
     ) -> tuple[Tensor, Tensor]:
         """(linear(normalised stream), stream); without a residual `partial` is the stream. gated: then SwiGLU."""
-        x = partial if residual is None else self._comm.all_reduce(partial)
-        return linear.after_norm(x, residual, (self.weight, self.eps), gated=gated)
+        if residual is None:
+            return linear.after_norm(partial, None, (self.weight, self.eps), gated=gated)
+        if (joined := self._comm.add_norm(partial, residual, self.weight, self.eps)) is not None:
+            h, stream = joined
+            return linear.gated(h) if gated else linear(h), stream
+        return linear.after_norm(self._comm.all_reduce(partial), residual, (self.weight, self.eps), gated=gated)
 
 
 class Join:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from octavo.parallel.comm import ALONE, Comm, Links, Pipe, Single, connect, join_store, open_store
 from octavo.parallel.layout import Column, Heads, Layout, Replicated, Row, Slice, Vocabulary
+from octavo.parallel.peer_memory import Rows
 
 __all__ = [
     "ALONE",
@@ -19,6 +20,7 @@ __all__ = [
     "Pipe",
     "Replicated",
     "Row",
+    "Rows",
     "Single",
     "Slice",
     "Vocabulary",

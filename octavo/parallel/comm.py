@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import AllgatherOptions  # type: ignore[attr-defined]
 
 from octavo.config.parallel import Place
-from octavo.parallel.peer_memory import PeerMemory, share
+from octavo.parallel.peer_memory import DTYPES, PeerMemory, Rows, share
 
 HOST = "127.0.0.1"
 FOREVER = timedelta(days=1)
@@ -45,6 +45,9 @@ class Comm(Protocol):
     def all_reduce(self, x: Tensor) -> Tensor:
         """The sum over ranks, the same bits on each; x may be overwritten."""
 
+    def add_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor] | None:
+        """(rms_norm(s), s) of s = residual + all_reduce(x), all [T, n], where that is one kernel; None elsewhere."""
+
     def all_gather(self, x: Tensor) -> Tensor:
         """The ranks' tensors joined along the last dimension, in rank order."""
 
@@ -57,6 +60,9 @@ class Single:
 
     def all_reduce(self, x: Tensor) -> Tensor:
         return x
+
+    def add_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> None:
+        return None
 
     def all_gather(self, x: Tensor) -> Tensor:
         return x
@@ -75,6 +81,9 @@ class GlooComm:
         for other in others:
             total += other
         return total.to(x.dtype)
+
+    def add_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> None:
+        return None
 
     def all_gather(self, x: Tensor) -> Tensor:
         return torch.cat(self._collect(x), -1)
@@ -106,6 +115,9 @@ class CudaComm:
             return summed
         self._group.allreduce([x], self._sum)
         return x
+
+    def add_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor] | None:
+        return None if self._peers is None else self._peers.add_norm(x.contiguous(), residual, weight, eps)
 
     def all_gather(self, x: Tensor) -> Tensor:
         found = x.new_empty(self.size, *x.shape)
@@ -211,12 +223,12 @@ def connect(
     device: torch.device,
     host: str = HOST,
     neighbours: tuple[int, int] | None = None,
-    message: int = 0,
+    sums: Rows | None = None,
 ) -> Links:
     """Links of the rank at `place` with all others, which must connect as well, over a store that all of them see.
 
     `host` is the address at which the others reach this rank; without `neighbours` all ranks are on one machine.
-    Sums of up to `message` bytes may be made over peers' memory.
+    `sums` may be made over peers' memory.
     """
 
     groups: list[Any] = []
@@ -231,7 +243,11 @@ def connect(
         shards = group(name, place.shard, place.shards)
         if device.type == "cuda":
             memory = dist.PrefixStore(f"{name} memory", store)  # type: ignore[attr-defined]
-            peers = share(memory, place.shard, place.shards, device, message) if message else None
+            peers = (
+                share(memory, place.shard, place.shards, device, sums)
+                if sums is not None and sums.dtype in DTYPES
+                else None
+            )
             if peers is not None:
                 groups.insert(0, peers)
             comm = CudaComm(shards, peers)

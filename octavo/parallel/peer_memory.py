@@ -1,8 +1,9 @@
 """Sums over memory that the GPUs of one machine map from each other: a third of NCCL's time for a decode step's sums.
 
-The kernels are those of torch's symmetric memory, without NVLink multicast. Both add in rank order and in the tensor's
-own type, so every rank gets the same bits, whatever the size. Owns the shared buffer and the decision, which all ranks
-take alike, whether there is one; what it declines goes through NCCL (`comm`).
+Owns the shared memory, the decision, which all ranks take alike, whether there is any, and which sums go over it; the
+others go through NCCL (`comm`). Our own kernel (`kernels.cuda.peer_sum`) adds the residual and normalises as well; of
+more than two ranks it makes small sums, and torch's, without NVLink multicast, the larger ones. Both add in rank order,
+so every rank gets the same bits.
 
 A call waits on the device for the same call of every other rank, eagerly or in a CUDA graph, and has no timeout.
 """
@@ -15,6 +16,7 @@ import socket
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -28,14 +30,15 @@ logger = logging.getLogger("octavo")
 
 RANKS = (2, 4, 8)
 """Numbers of ranks that torch's kernels are unrolled for."""
-DTYPES = (torch.bfloat16, torch.float32)
+TWO_SHOT_DTYPES = (torch.bfloat16, torch.float32)
+DTYPES = (*TWO_SHOT_DTYPES, torch.float16)
 ALIGNMENT = 16
-"""Bytes that a thread loads at once; sizes and offsets are multiples of it."""
+"""Bytes that a thread loads at once, of which torch's kernel wants multiples."""
 ONE_SHOT_READ = 1 << 20
-"""Bytes read from others up to which one shot is faster. Two H200: 9.5 against 7.7 us at 512 KB and 30.2 against 19.9
-at 4 MB, to which two shots add a copy into the buffer."""
+"""Bytes read from several others up to which one shot is faster: two shots read 2 / ranks of it, but wait twice and
+copy once more. From one other rank either way reads the same."""
 LARGEST = 16 << 20
-"""Bytes beyond which the link decides, and NCCL keeps more of the GPU busy with it."""
+"""Bytes beyond which two shots leave the link to NCCL, which keeps more of the GPU busy with it."""
 OVERLAP = "TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"
 """Variable by which torch, for tests, lets ranks share a GPU."""
 CHECK_SECONDS = 10.0
@@ -47,18 +50,32 @@ that number is uncertain."""
 FAILED = -1
 
 
+@dataclass(frozen=True)
+class Rows:
+    """What is summed: at most `most` rows of `width` elements."""
+
+    most: int
+    width: int
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return self.most * self.width * self.dtype.itemsize
+
+
 class Way(Enum):
     """How a sum is made."""
 
-    ONE_SHOT = "every rank reads the others' tensors and adds them all"
-    TWO_SHOT = "every rank adds its part of all tensors, then reads the other parts"
+    ONE_SHOT = "every rank reads the others' rows and adds them all"
+    TWO_SHOT = "every rank adds its part of all rows, then reads the other parts"
 
 
-def way(size: int, dtype: torch.dtype, ranks: int, capacity: int) -> Way | None:
-    """How `ranks` ranks sum a tensor of `size` bytes through buffers of `capacity` bytes; None: not through them."""
-    if not 0 < size <= capacity or size % ALIGNMENT or dtype not in DTYPES:
-        return None
-    return Way.ONE_SHOT if (ranks - 1) * size <= ONE_SHOT_READ else Way.TWO_SHOT
+def way(size: int, dtype: torch.dtype, ranks: int) -> Way | None:
+    """How `ranks` ranks sum rows of `size` bytes together; None: not over their memory."""
+    if ranks == 2 or (ranks - 1) * size <= ONE_SHOT_READ:
+        return Way.ONE_SHOT
+    fits = size <= LARGEST and size % ALIGNMENT == 0 and dtype in TWO_SHOT_DTYPES
+    return Way.TWO_SHOT if fits else None
 
 
 class Offer(msgspec.Struct, frozen=True):
@@ -92,54 +109,86 @@ def obstacle(offers: Sequence[Offer]) -> str | None:
 
 
 class PeerMemory:
-    """This rank's view of the ranks' buffers of `capacity` bytes. Made by `share`."""
+    """This rank's view of the ranks' memory for sums of `rows`. Made by `share`."""
 
-    def __init__(self, store: Any, rank: int, size: int, device: torch.device, capacity: int) -> None:
+    def __init__(self, store: Any, rank: int, size: int, device: torch.device, rows: Rows) -> None:
+        from octavo.kernels.cuda.peer_sum import PROGRAMS
+
         global _meetings
-        self._rank, self._size, self._device, self._capacity = rank, size, device, capacity
+        self._rank, self._size, self._device, self._rows = rank, size, device, rows
         self._name = f"octavo-{_meetings}"
         # torch finds the store of a meeting through a registered group, which its registry does not keep alive.
         self._group = _c10d().ProcessGroup(store, rank, size)
         self._group._set_group_name(self._name)
         _c10d()._register_process_group(self._name, self._group)
-        memory = _c10d()._SymmetricMemory
-        self._buffer: Tensor = memory.empty_strided_p2p((capacity,), (1,), torch.uint8, device)
-        self._handle = memory.rendezvous(self._buffer, self._name)
+        words = 8 * size * PROGRAMS
+        handle = self._map(words + 2 * rows.nbytes)[1]
+        self._told = [handle.get_buffer(peer, (size, PROGRAMS), torch.int64) for peer in range(size)]
+        shape, offset = (2, rows.most * rows.width), words // rows.dtype.itemsize
+        self._shared = [handle.get_buffer(peer, shape, rows.dtype, offset) for peer in range(size)]
+        self._calls = torch.zeros(PROGRAMS, dtype=torch.int64, device=device)
+        self._signals: list[Tensor] = []
+        """Of torch's kernels, for each rank [blocks, ranks]: its sender sets a word, its receiver clears it."""
+        if way(rows.nbytes, rows.dtype, size) is not Way.ONE_SHOT:
+            self._buffer, handle = self._map(min(rows.nbytes, LARGEST))
+            pads = [handle.get_signal_pad(peer, dtype=torch.int32) for peer in range(size)]
+            self._signals = [pad[: pad.numel() // size * size].view(-1, size) for pad in pads]
         self._side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         _meetings += 1
 
+    def _map(self, nbytes: int) -> tuple[Tensor, Any]:
+        """Zeros of this rank, and the handle that leads to the other ranks'."""
+        memory = _c10d()._SymmetricMemory
+        buffer: Tensor = memory.empty_strided_p2p((nbytes,), (1,), torch.uint8, self._device).zero_()
+        torch.cuda.synchronize(self._device)
+        return buffer, memory.rendezvous(buffer, self._name)
+
     def all_reduce(self, x: Tensor) -> Tensor | None:
-        """The sum over ranks of contiguous tensors of one shape, as a new tensor; None, with nothing done, as `way`."""
-        how = way(x.nbytes, x.dtype, self._size, self._capacity)
+        """The sum over ranks of x [T, width], as a new tensor; None, with nothing done, if it goes another way."""
+        how = self._way(x)
         if how is None:
             return None
-        if x.storage_offset() * x.itemsize % ALIGNMENT:
-            x = x.clone()
-        mine = self._buffer[: x.nbytes].view(x.dtype).view(x.shape)
         if how is Way.ONE_SHOT:
-            summed: Tensor = torch.ops.symm_mem.one_shot_all_reduce_copy(mine, x, "sum", self._name)
-            return summed
+            return self._sum(x, None)[0]
+        mine = self._buffer[: x.nbytes].view(x.dtype).view(x.shape)
         mine.copy_(x)
         summed = torch.empty_like(x)
         torch.ops.symm_mem.two_shot_all_reduce_out(mine, "sum", self._name, summed)
         return summed
+
+    def add_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor] | None:
+        """(rms_norm(s), s) of the stream s = residual + the sum over ranks of x [T, width]; None as `all_reduce`."""
+        if self._way(x) is not Way.ONE_SHOT or not residual.is_contiguous() or residual.dtype != x.dtype:
+            return None
+        return self._sum(x, (residual, weight, eps))
+
+    def _way(self, x: Tensor) -> Way | None:
+        rows = self._rows
+        if x.dim() != 2 or not 0 < x.shape[0] <= rows.most or x.shape[1] != rows.width or x.dtype != rows.dtype:
+            return None
+        return way(x.nbytes, x.dtype, self._size)
+
+    def _sum(self, x: Tensor, norm: tuple[Tensor, Tensor, float] | None) -> tuple[Tensor, Tensor]:
+        from octavo.kernels.cuda.peer_sum import sum_rows
+
+        return sum_rows(x, norm, rank=self._rank, shared=self._shared, told=self._told, calls=self._calls)
 
     def check(self) -> None:
         """Sums once in either way. Raises RuntimeError if it does not add up.
 
         Afterwards neither a graph nor `abort` has to load a kernel, which would wait for those that run.
         """
-        spare = torch.zeros(self._size, self._size, dtype=torch.int32, device=self._device)
-        self._answer([spare] * self._size)
+        self._answer([torch.zeros_like(told) for told in self._told], [torch.zeros_like(pad) for pad in self._signals])
         wanted, until = self._size * (self._size + 1) // 2, time.monotonic() + CHECK_SECONDS
-        for size in (ALIGNMENT, self._capacity):
-            got = self.all_reduce(torch.full((size // 4,), self._rank + 1.0, device=self._device))
+        for rows in (1, self._rows.most):
+            x = torch.full((rows, self._rows.width), self._rank + 1, dtype=self._rows.dtype, device=self._device)
+            got = self.all_reduce(x)
             while not torch.cuda.current_stream(self._device).query():
                 if time.monotonic() > until:
                     self._release()
                     raise RuntimeError(f"peers' signals do not arrive within {CHECK_SECONDS} s")
                 time.sleep(1e-3)
-            if got is None or not bool((got == wanted).all()):
+            if got is not None and not bool((got == wanted).all()):
                 raise RuntimeError("sums over peers' memory are wrong")
 
     def abort(self) -> None:
@@ -147,32 +196,27 @@ class PeerMemory:
         threading.Thread(target=self._release, daemon=True).start()
 
     def _release(self) -> None:
-        """Says in the others' place that they are there, until the device has nothing left to do.
-
-        A signal is a word for each block of a kernel and each rank: its sender sets it, its receiver clears it.
-        """
+        """Says in the others' place that they are there, until the device has nothing left to do."""
         until, main = time.monotonic() + ABORT_SECONDS, torch.cuda.default_stream(self._device)
-        pads = [self._handle.get_signal_pad(rank, dtype=torch.int32) for rank in range(self._size)]
-        signals = [pad[: pad.numel() // self._size * self._size].view(-1, self._size) for pad in pads]
         while not main.query() and time.monotonic() < until:
-            self._answer(signals)
+            self._answer(self._told, self._signals)
 
-    def _answer(self, signals: list[Tensor]) -> None:
-        """Writes into each rank's signals [blocks, ranks], beside what runs, what the other ranks would."""
+    def _answer(self, told: list[Tensor], signals: list[Tensor]) -> None:
+        """Writes, beside what runs, what the other ranks would."""
         with torch.cuda.stream(self._side):
-            for rank in set(range(self._size)) - {self._rank}:
+            told[self._rank].fill_(torch.iinfo(torch.int64).max)
+            for rank in set(range(self._size)) - {self._rank} if signals else ():
                 signals[self._rank][:, rank].fill_(1)
                 signals[rank][:, self._rank].zero_()
             self._side.synchronize()
 
 
-def share(store: Any, rank: int, size: int, device: torch.device, capacity: int) -> PeerMemory | None:
-    """Buffers that `size` ranks map from each other, of `capacity` bytes, at most LARGEST; None, on all, if one cannot.
+def share(store: Any, rank: int, size: int, device: torch.device, rows: Rows) -> PeerMemory | None:
+    """Memory for sums of `rows` that `size` ranks map from each other; None, on all, if one cannot.
 
     All ranks call it together, over a store that all of them see. It waits for the others as long as the store does.
     """
     global _meetings
-    capacity = min(-(-capacity // 1024) * 1024, LARGEST)
     said = _exchange(store, "offer", rank, size, msgspec.msgpack.encode(_offer(device)))
     offers = [msgspec.msgpack.decode(offer, type=Offer) for offer in said]
     reason = obstacle(offers)
@@ -180,7 +224,7 @@ def share(store: Any, rank: int, size: int, device: torch.device, capacity: int)
         failure = ""
         try:
             _catch_up(max(offer.meetings for offer in offers), device)
-            memory = PeerMemory(store, rank, size, device, capacity)
+            memory = PeerMemory(store, rank, size, device, rows)
             memory.check()
         except (RuntimeError, AttributeError) as error:  # the latter: of a torch without it
             failure = str(error).strip().partition("\n")[0] or repr(error)
@@ -207,7 +251,7 @@ def _reaches(device: torch.device, other: int) -> bool:
 def _catch_up(meetings: int, device: torch.device) -> None:
     """Meets nobody until this process has met as often as any of its peers."""
     for _ in range(meetings - _meetings):
-        PeerMemory(dist.HashStore(), 0, 1, device, ALIGNMENT)  # type: ignore[attr-defined]
+        PeerMemory(dist.HashStore(), 0, 1, device, Rows(1, 1, torch.float32))  # type: ignore[attr-defined]
 
 
 def _exchange(store: Any, what: str, rank: int, size: int, said: bytes) -> list[bytes]:

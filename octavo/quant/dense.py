@@ -28,6 +28,9 @@ class Dense:
     def apply(self, kernels: Kernels, x: Tensor, params: dict[str, Tensor], bias: Tensor | None) -> Tensor:
         return kernels.linear(x, params["weight"], bias)
 
+    def apply_gated(self, kernels: Kernels, x: Tensor, params: dict[str, Tensor], bias: Tensor | None) -> Tensor:
+        return kernels.gated_linear(x, params["weight"], bias)
+
     def apply_onto(
         self, kernels: Kernels, x: Tensor, params: dict[str, Tensor], bias: Tensor | None, stream: Tensor
     ) -> bool:

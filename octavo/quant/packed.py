@@ -79,6 +79,9 @@ class PackedScheme(ABC):
                 out[:, row:end] = kernels.linear(x, part, some)
         return out
 
+    def apply_gated(self, kernels: Kernels, x: Tensor, params: dict[str, Tensor], bias: Tensor | None) -> Tensor:
+        return kernels.silu_mul(self.apply(kernels, x, params, bias))
+
     def apply_onto(
         self, kernels: Kernels, x: Tensor, params: dict[str, Tensor], bias: Tensor | None, stream: Tensor
     ) -> bool:
@@ -101,8 +104,8 @@ class PackedScheme(ABC):
             normalised, stream = kernels.rms_norm(x, *norm), x
         else:
             normalised, stream = kernels.add_rms_norm(x, residual, *norm)
-        y = self.apply(kernels, normalised, params, bias)
-        return kernels.silu_mul(y) if gated else y, stream
+        apply = self.apply_gated if gated else self.apply
+        return apply(kernels, normalised, params, bias), stream
 
     def gather(self, kernels: Kernels, index: Tensor, params: dict[str, Tensor]) -> Tensor:
         assert isinstance(params, Parts)

@@ -35,6 +35,9 @@ class Scheme(Protocol):
     def apply(self, kernels: Kernels, x: Tensor, params: dict[str, Tensor], bias: Tensor | None) -> Tensor:
         """x [T, in] -> [T, out]."""
 
+    def apply_gated(self, kernels: Kernels, x: Tensor, params: dict[str, Tensor], bias: Tensor | None) -> Tensor:
+        """silu_mul(apply(x)) [T, out / 2]."""
+
     def apply_onto(
         self, kernels: Kernels, x: Tensor, params: dict[str, Tensor], bias: Tensor | None, stream: Tensor
     ) -> bool:
@@ -50,7 +53,7 @@ class Scheme(Protocol):
         bias: Tensor | None,
         gated: bool,
     ) -> tuple[Tensor, Tensor]:
-        """(apply(rms_norm(s)), s) of s = x + residual (or x) [T, in], norm = (weight, eps); gated: then silu_mul."""
+        """(apply(rms_norm(s)), s) of s = x + residual (or x) [T, in], norm = (weight, eps); gated: apply_gated."""
 
     def gather(self, kernels: Kernels, index: Tensor, params: dict[str, Tensor]) -> Tensor:
         """Rows index [T] int64 of the matrix: [T, in]."""

@@ -12,7 +12,7 @@ import torch
 
 from octavo.config.parallel import place_of
 from octavo.core.plan import Plan
-from octavo.parallel import Links, connect, join_store
+from octavo.parallel import Links, Rows, connect, join_store
 from octavo.worker.frames import Order, Sample, Start, decode_frame
 from octavo.worker.recorder import size_class
 from octavo.worker.worker import Forward, Worker
@@ -26,9 +26,9 @@ def join(start: Start, store: Any = None) -> Links:
         device = torch.device("cuda", config.device.index)
         torch.cuda.set_device(device)
     place = place_of(start.rank, parallel.tensor, parallel.pipeline)
-    rows, dtype = size_class(config.scheduler.max_num_seqs), getattr(torch, config.dtype)
-    message = rows * config.model.hidden_size * dtype.itemsize
-    return connect(place, store or join_store(*start.store), device, start.host, start.neighbours, message)
+    most = max(size_class(config.scheduler.max_num_seqs), config.scheduler.max_num_batched_tokens)
+    sums = Rows(most, config.model.hidden_size, getattr(torch, config.dtype))
+    return connect(place, store or join_store(*start.store), device, start.host, start.neighbours, sums)
 
 
 def load(start: Start) -> Worker:

@@ -16,10 +16,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from octavo.config.parallel import place_of
-from octavo.parallel import connect, join_store, open_store, peer_memory
+from octavo.parallel import Rows, connect, join_store, open_store, peer_memory
 from octavo.parallel.comm import HOST
 from octavo.parallel.peer_memory import OVERLAP, PeerMemory, share
 
@@ -29,9 +30,10 @@ two_gpus = pytest.mark.skipif(GPUS < 2, reason="needs two GPUs")
 ROOT = Path(__file__).parents[2]
 SECONDS = 55.0
 Reduce = Callable[[Tensor], Tensor | None]
-CAPACITY = 4 << 20
-SIZES = (16, 8192, 512 << 10, (1 << 20) + 16, CAPACITY)
-"""Bytes, of either way."""
+WIDTH, MOST = 1032, 700
+COUNTS = (1, 300, 2, MOST, 17)
+"""Rows: less and more than programs, so that these count different numbers of calls."""
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 REPLAYS = 100
 SHARED_REPLAYS = 5
 """On one GPU, which gives ranks that wait for each other turns of milliseconds."""
@@ -63,16 +65,15 @@ def test_sums_over_peers_memory_of_one_gpu() -> None:
 
 
 @two_gpus
-@pytest.mark.parametrize("message", [0, CAPACITY], ids=["nccl", "peers"])
-def test_sums_and_joins_of_two_gpus(message: int) -> None:
+@pytest.mark.parametrize("most", [0, MOST], ids=["nccl", "peers"])
+def test_sums_and_joins_of_two_gpus(most: int) -> None:
     store = open_store()
-    ranks = [["links", str(rank), str(store.port), str(message)] for rank in range(2)]
+    ranks = [["links", str(rank), str(store.port), str(most)] for rank in range(2)]
     assert run_ranks(*ranks) == ["equal", "equal"]
 
 
 @two_gpus
 def test_two_gpus_generate_what_one_does(tmp_path: Path) -> None:
-    """Prompts' sums are larger than the buffers for a step's rows, so they go through NCCL."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from tests.gpu.test_engine import SHAPE
@@ -90,11 +91,10 @@ def test_two_gpus_generate_what_one_does(tmp_path: Path) -> None:
         assert len(differing) <= 1, f"{len(differing)} of {len(one)} sequences differ"
 
 
-def tensors(size: int, dtype: torch.dtype, ranks: int) -> list[Tensor]:
-    """The same of every rank, on every rank."""
-    generator = torch.Generator(device="cuda").manual_seed(size)
-    shape = (ranks, size // dtype.itemsize)
-    return list(torch.randn(shape, generator=generator, device="cuda").to(dtype))
+def tensors(rows: int, dtype: torch.dtype, ranks: int) -> list[Tensor]:
+    """The same of every rank [rows, WIDTH], on every rank."""
+    generator = torch.Generator(device="cuda").manual_seed(rows)
+    return list(torch.randn((ranks, rows, WIDTH), generator=generator, device="cuda").to(dtype))
 
 
 def capture(work: Callable[[], list[Tensor]]) -> tuple[torch.cuda.CUDAGraph, list[Tensor]]:
@@ -108,18 +108,14 @@ def capture(work: Callable[[], list[Tensor]]) -> tuple[torch.cuda.CUDAGraph, lis
 
 
 def check_sums(
-    reduce: Callable[[Tensor], Tensor | None],
-    rank: int,
-    dtype: torch.dtype,
-    sizes: tuple[int, ...],
-    replays: int = REPLAYS,
+    reduce: Reduce, rank: int, dtype: torch.dtype, counts: tuple[int, ...] = COUNTS, replays: int = REPLAYS
 ) -> None:
     """Eager and replayed, against torch's sums of both ranks' tensors, bit by bit."""
-    given = [tensors(size, dtype, 2) for size in sizes]
+    given = [tensors(count, dtype, 2) for count in counts]
     for own in given:
         got = reduce(own[rank].clone())
         assert got is not None
-        assert torch.equal(got, own[0] + own[1]), f"{own[0].nbytes} bytes of {dtype}"
+        assert torch.equal(got, own[0] + own[1]), f"{len(own[0])} rows of {dtype}"
     fixed = [torch.empty_like(own[rank]) for own in given]
 
     def work() -> list[Tensor]:
@@ -141,21 +137,47 @@ def check_sums(
     assert int(wrong) == 0, f"{int(wrong)} values of replays of {dtype}"
 
 
+def check_norm(add_norm: Callable[..., tuple[Tensor, Tensor] | None], rank: int, dtype: torch.dtype) -> None:
+    """The sum with residual and RMSNorm, in a graph, against torch's in float64."""
+    gain = tensors(1, dtype, 1)[0][0]
+    for count in COUNTS:
+        first, second, residual = tensors(count, dtype, 3)
+        own = (first, second)[rank]
+        stream = (first.double() + second.double() + residual.double()).to(dtype)
+        poison = torch.full((2, count, WIDTH), torch.nan, dtype=dtype, device="cuda")
+        del poison
+
+        def work(own: Tensor = own, residual: Tensor = residual) -> list[Tensor]:
+            made = add_norm(own, residual, gain, 1e-5)
+            assert made is not None
+            return list(made)
+
+        graph, (normed, total) = capture(work)
+        graph.replay()
+        ulp = torch.finfo(dtype).eps
+        torch.testing.assert_close(total, stream, rtol=ulp, atol=ulp)
+        exact = torch.nn.functional.rms_norm(total.double(), (WIDTH,), gain.double(), 1e-5)
+        torch.testing.assert_close(normed.double(), exact, rtol=ulp, atol=ulp)
+
+
 def peers(rank: int, port: int) -> str:
     """Two ranks on one GPU, of which rank 0 has shared memory before; rank 1 leaves first."""
     device, store = torch.device("cuda", 0), join_store(HOST, port)
     torch.cuda.set_device(device)
     if rank == 0:
         peer_memory._catch_up(1, device)
-    memory = share(store, rank, 2, device, CAPACITY)
+    memory: PeerMemory | None = None
+    for dtype in DTYPES:
+        memory = share(dist.PrefixStore(str(dtype), store), rank, 2, device, Rows(MOST, WIDTH, dtype))  # type: ignore[attr-defined]
+        assert memory is not None
+        check_sums(memory.all_reduce, rank, dtype, replays=SHARED_REPLAYS)
+        check_norm(memory.add_norm, rank, dtype)
     assert memory is not None
-    for dtype in (torch.bfloat16, torch.float32):
-        check_sums(memory.all_reduce, rank, dtype, SIZES, SHARED_REPLAYS)
-    shifted = [x[3:] for x in tensors(16 + 6, torch.bfloat16, 2)]
+    shifted = [x.flatten()[3 : 3 + WIDTH].view(1, WIDTH) for x in tensors(2, dtype, 2)]
     summed = memory.all_reduce(shifted[rank])
     assert summed is not None
     assert torch.equal(summed, shifted[0] + shifted[1])
-    for declined in (torch.ones(8, dtype=torch.float16), torch.ones(3), torch.ones(CAPACITY // 4 + 4)):
+    for declined in (torch.ones(1, WIDTH, dtype=torch.float64), torch.ones(1, 3), torch.ones(MOST + 1, WIDTH)):
         assert memory.all_reduce(declined.to(device)) is None
     torch.cuda.synchronize()
     if rank == 1:
@@ -167,7 +189,7 @@ def peers(rank: int, port: int) -> str:
 
 def survive(memory: PeerMemory) -> str:
     """A replay of sums that nobody else makes ends when it is given up."""
-    x = torch.ones(4096, device="cuda")
+    x = torch.ones(4, WIDTH, device="cuda")
     graph, _ = capture(lambda: [y for _ in range(8) if (y := memory.all_reduce(x)) is not None])
     graph.replay()
     assert not torch.cuda.current_stream().query(), "nobody answers"
@@ -176,14 +198,20 @@ def survive(memory: PeerMemory) -> str:
     return "freed"
 
 
-def links(rank: int, port: int, message: int) -> str:
-    device = torch.device("cuda", rank)
+def links(rank: int, port: int, most: int) -> str:
+    device, store = torch.device("cuda", rank), join_store(HOST, port)
     torch.cuda.set_device(device)
-    made = connect(place_of(rank, 2, 1), join_store(HOST, port), device, message=message)
-    assert len(made.groups) == (2 if message else 1), "whether memory is shared"
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        check_sums(made.comm.all_reduce, rank, dtype, (*SIZES, 2 * CAPACITY))
-    halves = [x.view(8, -1) for x in tensors(1 << 20, torch.bfloat16, 2)]
+    for dtype in DTYPES:
+        sums = Rows(most, WIDTH, dtype) if most else None
+        made = connect(place_of(rank, 2, 1), dist.PrefixStore(str(dtype), store), device, sums=sums)  # type: ignore[attr-defined]
+        assert len(made.groups) == (2 if most else 1), "whether memory is shared"
+        check_sums(made.comm.all_reduce, rank, dtype, (*COUNTS, 2 * MOST))
+        if most:
+            check_norm(made.comm.add_norm, rank, dtype)
+        else:
+            (x,) = tensors(3, dtype, 1)
+            assert made.comm.add_norm(x, x, x[0], 1e-5) is None
+    halves = [x.view(8, -1) for x in tensors(256, dtype, 2)]
     graph, (joined,) = capture(lambda: [made.comm.all_gather(halves[rank])])
     graph.replay()
     assert torch.equal(joined, torch.cat(halves, -1))

@@ -10,32 +10,29 @@ import torch
 import torch.distributed as dist
 
 from octavo.parallel import peer_memory
-from octavo.parallel.peer_memory import FAILED, Offer, Way, obstacle, share, way
+from octavo.parallel.peer_memory import FAILED, Offer, Rows, Way, obstacle, share, way
 
 MIB = 1 << 20
 BF16 = torch.bfloat16
-DEVICE = torch.device("cuda", 0)
+ROWS = Rows(8, 64, BF16)
 
 
 @pytest.mark.parametrize(
     ("size", "dtype", "ranks", "expected"),
     [
         (16, BF16, 2, Way.ONE_SHOT),
-        (MIB, BF16, 2, Way.ONE_SHOT),
-        (MIB + 16, BF16, 2, Way.TWO_SHOT),
+        (64 * MIB, BF16, 2, Way.ONE_SHOT),
         (MIB // 4, torch.float32, 4, Way.ONE_SHOT),
         (MIB // 2, torch.float32, 4, Way.TWO_SHOT),
         (MIB // 4, BF16, 8, Way.TWO_SHOT),
-        (4 * MIB, BF16, 2, Way.TWO_SHOT),
-        (4 * MIB + 16, BF16, 2, None),
-        (0, BF16, 2, None),
-        (8, BF16, 2, None),
-        (16, torch.float16, 2, None),
-        (16, torch.float64, 2, None),
+        (16 * MIB, BF16, 4, Way.TWO_SHOT),
+        (16 * MIB + 16, BF16, 4, None),
+        (16, torch.float16, 4, Way.ONE_SHOT),
+        (MIB, torch.float16, 4, None),
     ],
 )
 def test_the_way_depends_on_what_a_rank_reads(size: int, dtype: torch.dtype, ranks: int, expected: Way | None) -> None:
-    assert way(size, dtype, ranks, 4 * MIB) is expected
+    assert way(size, dtype, ranks) is expected
 
 
 def offers(**changes: Any) -> list[Offer]:
@@ -75,15 +72,15 @@ class Memory:
 
     broken: tuple[int, ...] = ()
 
-    def __init__(self, store: Any, rank: int, size: int, device: torch.device, capacity: int) -> None:
-        self.rank, self.capacity = rank, capacity
+    def __init__(self, store: Any, rank: int, size: int, device: torch.device, rows: Rows) -> None:
+        self.rank, self.rows = rank, rows
 
     def check(self) -> None:
         if self.rank in self.broken:
             raise RuntimeError("sums are wrong\nand more")
 
 
-def share_twice(monkeypatch: pytest.MonkeyPatch, broken: tuple[int, ...], capacity: int) -> list[Memory | None]:
+def share_twice(monkeypatch: pytest.MonkeyPatch, broken: tuple[int, ...] = ()) -> list[Memory | None]:
     """Two ranks as threads."""
     monkeypatch.setattr(peer_memory, "_meetings", 0)
     monkeypatch.setattr(peer_memory, "PeerMemory", Memory)
@@ -91,13 +88,12 @@ def share_twice(monkeypatch: pytest.MonkeyPatch, broken: tuple[int, ...], capaci
     monkeypatch.setattr(peer_memory, "_offer", lambda device: offers()[device.index])
     store = dist.HashStore()  # type: ignore[attr-defined]
     with ThreadPoolExecutor(2) as threads:
-        made = [threads.submit(share, store, rank, 2, torch.device("cuda", rank), capacity) for rank in range(2)]
+        made = [threads.submit(share, store, rank, 2, torch.device("cuda", rank), ROWS) for rank in range(2)]
         return [future.result(10) for future in made]  # type: ignore[misc]
 
 
-@pytest.mark.parametrize(("capacity", "wanted"), [(1000, 1024), (1024, 1024), (1 << 30, 16 * MIB)])
-def test_ranks_share_rounded_buffers(monkeypatch: pytest.MonkeyPatch, capacity: int, wanted: int) -> None:
-    assert [memory and memory.capacity for memory in share_twice(monkeypatch, (), capacity)] == [wanted] * 2
+def test_ranks_share_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [memory and (memory.rank, memory.rows) for memory in share_twice(monkeypatch)] == [(0, ROWS), (1, ROWS)]
 
 
 @pytest.mark.parametrize("broken", [(0,), (1,), (0, 1)])
@@ -105,7 +101,7 @@ def test_a_rank_that_cannot_share_decides_for_all(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, broken: tuple[int, ...]
 ) -> None:
     with caplog.at_level("INFO", "octavo"):
-        assert share_twice(monkeypatch, broken, 1024) == [None, None]
+        assert share_twice(monkeypatch, broken) == [None, None]
     said = [record.getMessage() for record in caplog.records]
     assert said == said[:1] * 2
     assert said[0].endswith("; ".join(f"rank {rank}: sums are wrong" for rank in broken))

@@ -43,6 +43,9 @@ class Member:
     def all_reduce(self, x: Tensor) -> Tensor:
         raise AssertionError
 
+    def add_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> None:
+        raise AssertionError
+
     def all_gather(self, x: Tensor) -> Tensor:
         raise AssertionError
 

@@ -11,7 +11,15 @@ that fails the functions raise build.BuildError, hence `build.available` before.
 
 from __future__ import annotations
 
-from octavo.kernels.cpu.layers import add_rms_norm, linear, norm_linear, rms_norm, rope_norm_write_kv, silu_mul
+from octavo.kernels.cpu.layers import (
+    add_rms_norm,
+    gated_linear,
+    linear,
+    norm_linear,
+    rms_norm,
+    rope_norm_write_kv,
+    silu_mul,
+)
 from octavo.kernels.cpu.sampling import apply_masks, sample, sample_rows
 from octavo.kernels.cpu.step import embedding, prepare_decode, rotation
 from octavo.kernels.reference import add_linear, apply_diffs, apply_penalties, slots, top_logprobs, verify
@@ -23,6 +31,7 @@ __all__ = [
     "apply_masks",
     "apply_penalties",
     "embedding",
+    "gated_linear",
     "linear",
     "norm_linear",
     "prepare_decode",

@@ -43,6 +43,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return y
 
 
+def gated_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x [T, in], weight [out, in] that stacks gate and up -> silu(gate) * up [T, out / 2]."""
+    return silu_mul(linear(x, weight, bias))
+
+
 def norm_linear(
     x: Tensor,
     residual: Tensor | None,
@@ -57,8 +62,7 @@ def norm_linear(
     alike = norm_weight.dtype == kind and (residual is None or (residual.dtype == kind and residual.is_contiguous()))
     if not alike or not x.is_contiguous() or not _multiplies(native, x, weight):
         h, s = (rms_norm(x, norm_weight, eps), x) if residual is None else add_rms_norm(x, residual, norm_weight, eps)
-        y = linear(h, weight, bias)
-        return silu_mul(y) if gated else y, s
+        return (gated_linear if gated else linear)(h, weight, bias), s
     (tokens, size), out = x.shape, weight.shape[0]
     y = x.new_empty((tokens, out // 2 if gated else out))
     total = x if residual is None else x.new_empty((tokens, size))

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from octavo.kernels.cuda.activation import embedding, silu_mul
 from octavo.kernels.cuda.batch import apply_diffs, prepare_decode
-from octavo.kernels.cuda.linear import add_linear, linear, norm_linear
+from octavo.kernels.cuda.linear import add_linear, gated_linear, linear, norm_linear
 from octavo.kernels.cuda.logprobs import log_softmax, top_logprobs
 from octavo.kernels.cuda.norm import add_rms_norm, rms_norm
 from octavo.kernels.cuda.rope import rope_norm_write_kv, rotation
@@ -26,6 +26,7 @@ __all__ = [
     "apply_masks",
     "apply_penalties",
     "embedding",
+    "gated_linear",
     "linear",
     "log_softmax",
     "norm_linear",

@@ -40,6 +40,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return _many(x, weight, bias) if chosen is None else product(x, weight, bias, chosen)[0]
 
 
+def gated_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x [T, in], weight [out, in] that stacks gate and up -> silu(gate) * up [T, out / 2]."""
+    chosen = _config(x, weight, gated=True)
+    return _many(x, weight, bias, True) if chosen is None else product(x, weight, bias, chosen, gated=True)[0]
+
+
 def add_linear(x: Tensor, weight: Tensor, bias: Tensor | None, stream: Tensor) -> bool:
     """stream [T, out] += linear(x) in cuBLAS; False, with nothing done, where own kernels multiply."""
     if bias is not None or x.shape[0] <= SKINNY_ROWS or not x.is_cuda or not stream.is_contiguous():
@@ -70,9 +76,7 @@ def norm_linear(
         h, stream = rms_norm(x, norm_weight, eps), x
     else:
         h, stream = add_rms_norm(x, residual, norm_weight, eps)
-    if chosen is not None:
-        return product(h, weight, bias, chosen, gated=gated)[0], stream
-    return _many(h, weight, bias, gated), stream
+    return (gated_linear if gated else linear)(h, weight, bias), stream
 
 
 def _many(x: Tensor, weight: Tensor, bias: Tensor | None, gated: bool = False) -> Tensor:
