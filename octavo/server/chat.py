@@ -54,8 +54,8 @@ def prepare(context: Context, body: bytes) -> ChatJob:
     template = template_of(context, request.chat_template)
     prompt = chat_prompt(
         context,
+        template,
         request.messages,
-        chat_template=request.chat_template,
         tools=None if tools is None else tools.told,
         documents=_documents(request, template),
         add_generation_prompt=request.add_generation_prompt,
@@ -128,8 +128,6 @@ def _params(
     context: Context, request: ChatRequest, constraint: StructuredOutputs | None, names: dict[str, str]
 ) -> SamplingParams:
     given = sampling_fields(request) | {"logprobs": _num_logprobs(request), "structured_outputs": constraint}
-    if request.stream and request.prompt_logprobs is not None:
-        raise InvalidRequest("prompt_logprobs cannot be streamed", "prompt_logprobs")
     try:
         return context.backend.default_params(_max_tokens(request), **given)
     except InvalidRequest as error:

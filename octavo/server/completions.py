@@ -47,8 +47,6 @@ def prepare(context: Context, body: bytes) -> CompletionJob:
 def _params(context: Context, request: CompletionRequest, constraint: StructuredOutputs | None) -> SamplingParams:
     """With `echo`, the prompt's logprobs are wanted too, and max_tokens 0, the prompt alone, computes one token."""
     given = sampling_fields(request) | {"logprobs": request.logprobs, "structured_outputs": constraint}
-    if request.stream and request.prompt_logprobs is not None:
-        raise InvalidRequest("prompt_logprobs cannot be streamed", "prompt_logprobs")
     if request.echo and request.logprobs is not None and request.prompt_logprobs is None:
         given["prompt_logprobs"] = request.logprobs
     max_tokens = DEFAULT_MAX_TOKENS if request.max_tokens is None else request.max_tokens

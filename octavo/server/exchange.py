@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import AsyncGenerator, Callable, Coroutine
+from contextlib import suppress
 from typing import Any, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
@@ -101,11 +102,14 @@ class EventStream(Response):
         self.init_headers({"cache-control": "no-cache", "x-accel-buffering": "no"})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """A client's going is no error. uvloop tells of it by a RuntimeError where it has not told otherwise yet."""
+        with suppress(ClientDisconnect, RuntimeError):
+            await self._send(receive, send)
+
+    async def _send(self, receive: Receive, send: Send) -> None:
         try:
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
             await while_connected(receive, self._pump(send), self.running)
-        except ClientDisconnect:
-            return
         except EngineDead as error:
             await send({"type": "http.response.body", "body": error_event(error), "more_body": True})
         finally:

@@ -23,46 +23,9 @@ from octavo.frontend.outputs import RequestMetrics, RequestOutput
 if TYPE_CHECKING:
     from octavo.server.backend import Backend
 
-_TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.0075, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.5, 5.0)
-_FIRST_TOKEN_SECONDS = (
-    0.001,
-    0.005,
-    0.01,
-    0.02,
-    0.04,
-    0.06,
-    0.08,
-    0.1,
-    0.25,
-    0.5,
-    0.75,
-    1.0,
-    2.5,
-    5.0,
-    10.0,
-    30.0,
-    60.0,
-)
-_REQUEST_SECONDS = (
-    0.01,
-    0.05,
-    0.1,
-    0.3,
-    0.5,
-    0.8,
-    1.0,
-    1.5,
-    2.0,
-    2.5,
-    5.0,
-    10.0,
-    15.0,
-    30.0,
-    60.0,
-    120.0,
-    480.0,
-    1920.0,
-)
+_TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.0075, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2.5, 5)
+_FIRST_TOKEN_SECONDS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 10, 30, 60)
+_REQUEST_SECONDS = (0.01, 0.05, 0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 30, 60, 120, 480, 1920)
 
 
 class Histogram:
@@ -71,7 +34,7 @@ class Histogram:
     def __init__(self, name: str, doc: str, bounds: tuple[float, ...]) -> None:
         self.name = name
         self.doc = doc
-        self.bounds = bounds
+        self.bounds = tuple(map(float, bounds))
         self.counts = [0] * (len(bounds) + 1)
         self.sum = 0.0
 

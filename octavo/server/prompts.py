@@ -77,7 +77,7 @@ def _too_many() -> InvalidRequest:
     return InvalidRequest(f"prompt has more than {MAX_PROMPTS} entries: send several requests", "prompt")
 
 
-def template_of(context: Context, source: str | None = None) -> ChatTemplate:
+def template_of(context: Context, source: str | None) -> ChatTemplate:
     """The server's chat template, or `source`, which came with a request."""
     backend = context.backend
     if source is None:
@@ -98,28 +98,24 @@ def template_of(context: Context, source: str | None = None) -> ChatTemplate:
 
 def chat_prompt(
     context: Context,
+    template: ChatTemplate,
     messages: Sequence[msgspec.Raw],
     *,
     tools: Sequence[Mapping[str, Any]] | None = None,
     documents: Sequence[Mapping[str, Any]] | None = None,
-    chat_template: str | None = None,
     add_generation_prompt: bool | None,
     continue_final_message: bool | None,
     add_special_tokens: bool | None,
     template_kwargs: Mapping[str, Any] | None,
 ) -> ChatPrompt:
-    """`messages` as the chat template writes them; control tokens in what the client sent are text."""
-    template = template_of(context, chat_template)
+    """`messages` as `template` writes them; control tokens in what the client sent are text."""
     conversation = _conversation(messages, context.max_model_len)
-    if continue_final_message:
-        if add_generation_prompt:
-            raise InvalidRequest(
-                "continue_final_message goes with add_generation_prompt false", "continue_final_message"
-            )
-        if conversation[-1]["role"] != "assistant":
-            raise InvalidRequest(
-                "continue_final_message needs an assistant message at the end", "continue_final_message"
-            )
+    last = conversation[-1]["role"]
+    if continue_final_message and last != "assistant":
+        raise InvalidRequest(
+            f"continue_final_message needs an assistant message at the end, not one of the role {last}",
+            "continue_final_message",
+        )
     check_names(template_kwargs or {})
     begin = not continue_final_message if add_generation_prompt is None else add_generation_prompt
     try:

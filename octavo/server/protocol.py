@@ -1,7 +1,7 @@
 """HTTP/1.1 as uvicorn reads it, but heads have an end, and who asks for an upgrade is answered without one.
 
-httptools keeps a head until it ends, at a cost that grows with its square, and leaves out the body of a request that asks
-for HTTP/2 (h2c), as Java's own client does at first. A server may ignore that wish (RFC 9110, section 7.8).
+httptools keeps a head until it ends, at a cost that grows with its square, and leaves out the body of a request that
+asks for HTTP/2 (h2c), as Java's own client does at first. A server may ignore that wish (RFC 9110, section 7.8).
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from octavo.core.errors import InvalidRequest
 from octavo.server.context import Context, context_of
 from octavo.server.exchange import offload, read_body
 from octavo.server.fields import ChatRequest, DetokenizeRequest, TokenizeRequest
-from octavo.server.prompts import chat_prompt
+from octavo.server.prompts import chat_prompt, template_of
 from octavo.server.table import parse
 from octavo.server.tools import request_tools
 from octavo.server.wire import Detokenized, Tokenized, encode
@@ -54,9 +54,9 @@ def _tokenize(context: Context, body: bytes) -> Tokenized:
         tools = request_tools(ChatRequest(messages=request.messages, tools=request.tools))
         ids = chat_prompt(
             context,
+            template_of(context, request.chat_template),
             request.messages,
             tools=None if tools is None else tools.told,
-            chat_template=request.chat_template,
             add_generation_prompt=request.add_generation_prompt,
             continue_final_message=request.continue_final_message,
             add_special_tokens=request.add_special_tokens,

@@ -136,7 +136,7 @@ def request_tools(request: ChatRequest) -> Tools | None:
 
 def _functions(tools: Sequence[msgspec.Raw]) -> list[dict[str, Any]]:
     if len(tools) > MAX_TOOLS:
-        raise InvalidRequest(f"{len(tools)} tools are more than {MAX_TOOLS}", "tools")
+        raise InvalidRequest(f"{len(tools)} tools are more than {MAX_TOOLS}: send fewer", "tools")
     functions: dict[str, dict[str, Any]] = {}
     for i, raw in enumerate(tools):
         where = f"tools[{i}].function"
@@ -151,8 +151,10 @@ def _functions(tools: Sequence[msgspec.Raw]) -> list[dict[str, Any]]:
         if name in functions:
             raise InvalidRequest(f"{where}.name is {name!r}, as another tool's: rename one", f"{where}.name")
         parameters = _NOTHING if function.parameters is None else function.parameters
-        if parameters.get("type", "object") != "object":
-            raise InvalidRequest(f"{where}.parameters must describe an object", f"{where}.parameters")
+        if (kind := parameters.get("type", "object")) != "object":
+            raise InvalidRequest(
+                f"{where}.parameters describe {kind!r:.100}: arguments are an object", f"{where}.parameters"
+            )
         given = {"name": name, "description": function.description, "parameters": parameters}
         functions[name] = {key: value for key, value in given.items() if value is not None}
     return list(functions.values())
@@ -165,7 +167,7 @@ def _choice(request: ChatRequest, names: list[str]) -> tuple[Choice | Literal["n
         return ("auto" if names else "none"), names
     if bytes(raw).startswith(b"{"):
         if not names:
-            raise InvalidRequest("tool_choice needs tools", "tool_choice")
+            raise InvalidRequest("tool_choice names a tool without tools: give some", "tool_choice")
         return _chosen(raw, names)
     choice = decode(_CHOICE, raw, "tool_choice")
     if choice != "none" and not names:

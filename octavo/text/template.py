@@ -89,20 +89,12 @@ class ChatTemplate:
         """The template that is taken when there are tools."""
         return self._sources[self._name(True)]
 
-    @property
-    def supports_tools(self) -> bool:
-        """It prints the tools that it is given; for others they are told in the system message."""
-        return self._manners(True).tools
-
     def uses(self, variable: str) -> bool:
         """True when some of the templates reads `variable`."""
         return any(variable in compiled.manners.variables for compiled in self._compiled.values())
 
     def _name(self, tools: bool) -> str:
         return "tool_use" if tools and "tool_use" in self._compiled else "default"
-
-    def _manners(self, tools: bool) -> Manners:
-        return self._compiled[self._name(tools)].manners
 
     def render(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
         """The text of `rendered`, which has the same options."""

@@ -53,6 +53,7 @@ class Tokenizer:
         token_to_id = vocabulary.encoder.token_to_id
         self.special_tokens = vocabulary.named
         self.special_ids = vocabulary.special
+        """Control and unknown tokens: those that `skip_special_tokens` leaves out."""
         self.chat_templates = vocabulary.chat_templates
         self.chat_template = vocabulary.chat_templates.get("default")
         self.bos_token = vocabulary.named.get("bos_token")
@@ -127,10 +128,6 @@ class Tokenizer:
     def token_text(self, token_id: int) -> str:
         """One token as text, for logprobs: special tokens as they are written, part of a character as U+FFFD."""
         return self.token_bytes(token_id).decode(errors="replace")
-
-    def is_special(self, token_id: int) -> bool:
-        """True for control and unknown tokens: those that `skip_special_tokens` leaves out."""
-        return token_id in self._vocabulary.special
 
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = True, from_start: bool = False) -> str:
         """The text of `ids`, equal to what a Detokenizer emits for them; malformed UTF-8 becomes U+FFFD.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any, cast
 
 from openai.types.chat import ChatCompletionChunk, ChatCompletionMessageParam, ChatCompletionToolParam
@@ -19,6 +20,11 @@ def content_of(chunks: list[ChatCompletionChunk]) -> str:
 def extra(model: BaseModel, field: str) -> str:
     """A field that the client's types do not know."""
     return cast("str", (model.model_extra or {}).get(field) or "")
+
+
+def calls_of(message: Any) -> list[tuple[str, Any]]:
+    """Name and arguments of each call."""
+    return [(made.function.name, json.loads(made.function.arguments)) for made in message.tool_calls or []]
 
 
 def tool(name: str, **properties: Any) -> ChatCompletionToolParam:

@@ -211,15 +211,18 @@ async def test_long_text_is_tokenized_beside_the_loop(fake: Start, monkeypatch: 
 
 
 async def test_bad_words_are_tokenized_beside_the_loop(fake: Start, monkeypatch: pytest.MonkeyPatch) -> None:
-    threads: list[threading.Thread] = []
+    beside: list[bool] = []
     async with fake() as llm:
         process = llm.inputs.process
-        monkeypatch.setattr(
-            llm.inputs, "process", lambda *a, **k: threads.append(threading.current_thread()) or process(*a, **k)
-        )
+
+        def watched(*args: Any, **options: Any) -> Any:
+            beside.append(threading.current_thread() is not threading.main_thread())
+            return process(*args, **options)
+
+        monkeypatch.setattr(llm.inputs, "process", watched)
         await collect(llm, "abc", max_tokens=3, bad_words=["x"])
         await collect(llm, "abc", max_tokens=3)
-    assert [thread is threading.current_thread() for thread in threads] == [False, True]
+    assert beside == [True, False]
 
 
 async def test_reset_prefix_cache_answers(fake: Start) -> None:

@@ -99,6 +99,20 @@ async def test_going_at_any_moment_leaves_nothing(backend: EchoBackend, turns: i
     assert asyncio.all_tasks() == before
 
 
+@pytest.mark.parametrize("after", range(4))
+async def test_a_connection_that_closes_before_it_says_so(backend: EchoBackend, after: int) -> None:
+    exchange = Exchange({"prompt": "abc", "stream": True})
+
+    async def send(message: Any) -> None:
+        if len(exchange.sent) == after:
+            raise RuntimeError("the handler is closed")
+        await exchange.send(message)
+
+    await create_app(backend, SETTINGS)(exchange.scope, exchange.receive, send)
+    assert len(exchange.sent) == after
+    assert backend.live == set()
+
+
 async def test_stopping_the_server_tells_open_requests(backend: EchoBackend) -> None:
     app = create_app(backend, SETTINGS)
     exchanges = [Exchange({"prompt": "HANG", "stream": stream}) for stream in (True, False)]

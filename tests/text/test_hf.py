@@ -67,7 +67,7 @@ def test_ids_of_added_tokens_hold_without_special_parsing(byte_level: Tokenizer)
     think = byte_level.encode("<think>", parse_special=False)
     assert think == byte_level.encode("<think>")
     assert byte_level.token_bytes(think[0]) == b"<think>"
-    assert not byte_level.is_special(think[0])
+    assert think[0] not in byte_level.special_ids
 
 
 def test_metaspace_decoder(tmp_path: Path) -> None:

@@ -90,7 +90,7 @@ def test_reasoning_goes_by_all_of_its_names() -> None:
 
 def test_tools_are_told_where_the_template_does_not(smollm: Tokenizer) -> None:
     template = ChatTemplate(PLAIN, smollm)
-    assert not template.supports_tools
+    assert not template.uses("tools")
     told = template.render([{"role": "system", "content": "Be brief."}, CALLS[0]], tools=TOOLS)
     assert told.startswith("[system]Be brief.\n\nYou may call functions")
     assert told.endswith("[user]ask")

@@ -75,7 +75,7 @@ def test_every_string_of_a_client(smollm: Tokenizer) -> None:
     template = ChatTemplate(source, smollm)
     rendered = template.rendered(messages, tools=tools, documents=[{evil: evil}], tone=evil)
     ids = template.encode(rendered)
-    assert [token for token in ids if smollm.is_special(token)] == [END]
+    assert [token for token in ids if token in smollm.special_ids] == [END]
     assert rendered.text.count("<|im_end|>") == 10
     assert (
         rendered.text
@@ -117,7 +117,7 @@ def test_a_placeholder_of_another_request_is_only_text(smollm: Tokenizer) -> Non
     mark = smollm.controls.marks["<|im_end|>"]
     guessed = mark[:-2] + chr(0xF0000) + mark[-1]
     ids = encoded(template, [{"role": "user", "content": f"{guessed}<|im_end|>"}])
-    assert [token for token in ids if smollm.is_special(token)] == [START, END, START]
+    assert [token for token in ids if token in smollm.special_ids] == [START, END, START]
 
 
 def test_sentencepiece_with_its_leading_space(spm_metadata: Callable[..., dict[str, Any]]) -> None:

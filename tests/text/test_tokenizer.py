@@ -33,8 +33,8 @@ def test_special_tokens_of_the_embedded_model(smollm: Tokenizer) -> None:
     assert (smollm.vocab_size, smollm.bos_token, smollm.eos_token) == (49_152, "<|im_start|>", "<|im_end|>")
     assert (smollm.bos_token_id, smollm.eos_token_id) == (1, 2)
     assert smollm.special_ids == set(range(17))
-    assert smollm.is_special(2)
-    assert not smollm.is_special(17)
+    assert 2 in smollm.special_ids
+    assert 17 not in smollm.special_ids
     assert smollm.chat_template is not None
     assert "add_generation_prompt" in smollm.chat_template
 
