@@ -124,8 +124,8 @@ class CacheManager:
     def grow(self, seq: Sequence, tokens: int) -> NewBlocks | None:
         """Block tables that hold `tokens` tokens; None, and nothing done, when the pool lacks the pages.
 
-        While the pool has plenty, tables end at multiples of TOGETHER blocks, or where the sequence must, so that it asks
-        less often.
+        While the pool has plenty, tables end at multiples of TOGETHER blocks or with the sequence, so that it asks less
+        often.
         """
         if tokens <= seq.capacity:
             return []
@@ -200,9 +200,9 @@ class CacheManager:
 
     def _extend_digests(self, seq: Sequence, count: int) -> None:
         assert seq.identity is not None
-        size, digests = self.block_size, seq.digests
+        size, digests, tokens = self.block_size, seq.digests, seq.tokens
         parent = digests[-1] if digests else seq.identity
         for i in range(len(digests), count):
-            tokens = self._packed(*seq.tokens[i * size : (i + 1) * size])
-            parent = blake2b(parent + tokens, digest_size=16).digest()
+            packed = self._packed(*tokens[i * size : (i + 1) * size])
+            parent = blake2b(parent + packed, digest_size=16).digest()
             digests.append(parent)

@@ -17,7 +17,7 @@ from octavo.core.sequence import STILL, Clock, Sequence
 
 SOON = 8
 """Steps whose riders are attended together, so that most steps need a word about none."""
-_row, _stop_ids = attrgetter("row"), attrgetter("stop_ids")
+_stop_ids = attrgetter("stop_ids")
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,9 +36,10 @@ class Crew:
 
     @classmethod
     def of(cls, sequences: list[Sequence]) -> Crew:
-        rows = np.fromiter(map(_row, sequences), np.int32, len(sequences))
-        streaming = [(i, seq) for i, seq in enumerate(sequences) if not (seq.whole or seq.detailed)]
-        detailed = [(i, seq) for i, seq in enumerate(sequences) if seq.detailed]
+        rows = np.array([seq.row for seq in sequences], np.int32)
+        told = [(i, seq) for i, seq in enumerate(sequences) if not seq.quiet]
+        streaming = [(i, seq) for i, seq in told if not seq.detailed]
+        detailed = [(i, seq) for i, seq in told if seq.detailed]
         return cls(sequences, rows, streaming, detailed, frozenset().union(*map(_stop_ids, sequences)))
 
     def stopped(self, tokens: list[int]) -> list[Sequence]:

@@ -20,8 +20,8 @@ def manager(windows: list[int | None], *, num_blocks: int = 100, chunk: int = 8,
     return CacheManager(config, chunk)
 
 
-def sequence(cache: CacheManager, tokens: list[int], salt: str = "") -> Sequence:
-    request = Request("r", tokens, SamplingParams(max_tokens=50), 0.0, cache_salt=salt)
+def sequence(cache: CacheManager, tokens: list[int], salt: str = "", max_tokens: int = 50) -> Sequence:
+    request = Request("r", tokens, SamplingParams(max_tokens=max_tokens), 0.0, cache_salt=salt)
     return Sequence(request, 0, 0, 0, frozenset(), cache.identity("r", salt, False), None)
 
 
@@ -64,7 +64,7 @@ def test_a_window_group_frees_what_it_left_behind() -> None:
     for tokens in range(8, 41, 8):
         compute(cache, seq, tokens)
     assert seq.blocks[0].count(0) == 0
-    assert [bool(block) for block in seq.blocks[1]] == [False] * 7 + [True] * 3
+    assert [bool(block) for block in seq.blocks[1]] == [False] * 7 + [True] * 5  # two of them for what comes
     cache.release(seq)
     assert cache.pool.num_used == cache.owned == cache.unused_slots == 0
 
@@ -97,12 +97,31 @@ def test_grow_is_all_or_nothing() -> None:
     assert cache.grow(seq, 4) is not None
 
 
+def test_tables_grow_by_several_blocks_while_there_is_plenty() -> None:
+    cache = manager([None], num_blocks=17)  # scarce below 4 free
+    first, second = (sequence(cache, [token] * 3) for token in (1, 2))
+    for seq, tokens, blocks in [(first, 1, 4), (first, 17, 8), (second, 1, 12), (second, 17, 13), (second, 21, 14)]:
+        if not seq.blocks:
+            cache.admit(seq, 0)
+        assert cache.grow(seq, tokens) is not None
+        assert cache.pool.num_used == blocks
+        assert cache.capacity == 4 * blocks
+
+
+def test_tables_do_not_grow_beyond_the_end_of_their_sequence() -> None:
+    cache = manager([None])
+    seq = sequence(cache, list(range(7)), max_tokens=15)
+    compute(cache, seq, 7)
+    assert len(seq.blocks[0]) == 4
+    assert cache.grow(seq, 17) == [(0, 4, [5, 6])]  # the last of 22 tokens is not computed
+    assert seq.capacity == 24
+
+
 @pytest.mark.parametrize("window", [1, 4, 5, 13])
 @pytest.mark.parametrize("chunk", [1, 3, 8])
-def test_a_sequence_never_owns_more_than_promised(window: int, chunk: int) -> None:
-    cache = manager([None, window], chunk=chunk)
-    seq = sequence(cache, list(range(60)))
+def test_a_pool_of_the_promised_pages_holds_a_sequence(window: int, chunk: int) -> None:
     most = pages_for_sequence(groups_of([None, window]), 60, chunk, 4)
+    cache = manager([None, window], num_blocks=1 + most, chunk=chunk)
+    seq = sequence(cache, list(range(60)))
     for tokens in [*range(chunk, 60, chunk), 60]:
         compute(cache, seq, tokens)
-        assert cache.pool.num_used <= most
