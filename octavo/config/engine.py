@@ -35,7 +35,12 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True):
     overlap: Literal[0, 1]
     """Steps launched before the previous one's tokens have reached the host."""
     stages: int = 1
-    """Stages of a pipeline: so many plans are in flight, each with rows of its own."""
+    """Stages of a pipeline: so many plans are on their way at a time, each with rows of its own."""
+
+    @property
+    def depth(self) -> int:
+        """Steps that stay in flight while the next one is planned; it may continue the oldest of them."""
+        return self.stages - 1 + self.overlap
 
 
 class ParallelConfig(msgspec.Struct, frozen=True, kw_only=True):

@@ -37,8 +37,8 @@ class Sequence:
     __slots__ = (
         "_clock", "_computed", "_known", "blocks", "cached_tokens", "capacity", "detailed", "digests", "draft",
         "finish_reason", "first_token_at", "identity", "index", "kept_logprobs", "last_in_row", "leader", "limit",
-        "order", "params", "prompt_len", "prompt_logprobs", "published", "request", "row", "scheduled_at", "seed",
-        "status", "stop_ids", "tokens", "whole",
+        "order", "params", "planned", "prompt_len", "prompt_logprobs", "published", "quiet", "request", "row",
+        "scheduled_at", "seed", "status", "stop_ids", "tokens", "whole",
     )  # fmt: skip
 
     def __init__(
@@ -73,6 +73,8 @@ class Sequence:
         self._clock = STILL
         self._computed = 0
         self._known = self.prompt_len
+        self.planned = 0
+        """Number of the step that samples for it and was planned last; not kept up while it rides."""
         self.draft: list[int] = []
         """Proposed tokens being verified in flight."""
         self.blocks: list[list[int]] = []
@@ -87,6 +89,8 @@ class Sequence:
         self.whole = request.whole
         self.detailed = params.logprobs is not None
         """Its tokens come with log-probabilities."""
+        self.quiet = self.whole and not self.detailed
+        """Nothing is told or kept of a token that does not end it."""
         self.cached_tokens = 0
         self.scheduled_at = 0.0
         self.first_token_at = 0.0

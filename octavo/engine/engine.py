@@ -10,8 +10,8 @@ With overlap 1, step N+1 is planned and launched before step N's tokens reach th
                                          ^ N's tokens arrive; they lie in the row state, where N+1 reads them
 
 Masks of grammars need the tokens before, which the host has after the commit; the forward pass runs meanwhile. With
-overlap 0 each step is committed before the next is planned. With P stages of a pipeline P steps are in flight, of
-different rows each (see `scheduler`): the oldest is committed when the P-th has been launched.
+overlap 0 each step is committed before the next is planned. With P stages of a pipeline P - 1 steps more are in flight,
+of different rows each (see `scheduler`).
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Engine:
         self._executor: Executor = executor if executor is not None else executor_for(config)
         self._ahead: deque[tuple[Sampled, bool]] = deque()
         """Steps in flight, oldest first. True: launched while another was; a device idle before waited for the host."""
-        self._depth = max(config.scheduler.overlap, config.scheduler.stages - 1)
+        self._depth = config.scheduler.depth
         """Steps that stay in flight from turn to turn."""
         self._failures = 0
         self._waited = 0.0

@@ -133,7 +133,7 @@ class Pipe:
     """A rank's line through the stages: hidden states go down it, sampled tokens come back to its beginning.
 
     They use groups of their own: one waits for the other's steps, and a group works in order. The host waits for no
-    receiver: no more plans than stages are on their way.
+    receiver: no more plans than one for each stage and one ahead are on their way.
     """
 
     def __init__(self, stream: Any, tokens: Any, place: Place) -> None:
@@ -153,9 +153,10 @@ class Pipe:
         """From the last stage to the first."""
         self._keep(self._tokens.send([tokens], 0, 1), tokens)
 
-    def receive_tokens(self, into: Tensor) -> Any:
-        """Begins to receive what the last stage samples; `wait` of the result waits for it."""
-        return self._tokens.recv([into], self.place.stages - 1, 1)
+    def receive_tokens(self, into: Tensor) -> Tensor:
+        """What the last stage has sampled. On a GPU a receiver takes processors from what runs until they arrive."""
+        self._tokens.recv([into], self.place.stages - 1, 1).wait()
+        return into
 
     def meet(self, device: torch.device) -> None:
         """Connects every pair of ranks that will talk: down the stages, then from the last to the first."""
@@ -167,7 +168,7 @@ class Pipe:
         if place.last:
             self.send_tokens(nothing)
         if place.first:
-            self.receive_tokens(nothing).wait()
+            self.receive_tokens(nothing)
 
     def _keep(self, work: Any, tensor: Tensor) -> None:
         """Holds the tensor while it is on its way; what so many plans ago was sent has arrived.
@@ -178,7 +179,7 @@ class Pipe:
             work.wait()
             return
         self._sent.append((work, tensor))
-        if len(self._sent) > self.place.stages + 1:
+        if len(self._sent) > self.place.stages + 2:
             self._sent.popleft()[0].wait()
 
 

@@ -121,11 +121,11 @@ class PeerMemory:
         self._group = _c10d().ProcessGroup(store, rank, size)
         self._group._set_group_name(self._name)
         _c10d()._register_process_group(self._name, self._group)
-        words = 8 * size * PROGRAMS
-        handle = self._map(words + 2 * rows.nbytes)[1]
-        self._told = [handle.get_buffer(peer, (size, PROGRAMS), torch.int64) for peer in range(size)]
-        shape, offset = (2, rows.most * rows.width), words // rows.dtype.itemsize
-        self._shared = [handle.get_buffer(peer, shape, rows.dtype, offset) for peer in range(size)]
+        handle = self._map(8 * size * PROGRAMS + 2 * rows.nbytes)[1]
+        told = [handle.get_buffer(peer, (size, PROGRAMS), torch.int64) for peer in range(size)]
+        self._told = told[rank]
+        self._addresses = [words.data_ptr() for words in told]
+        """Of each rank what it was told; its rows lie behind."""
         self._calls = torch.zeros(PROGRAMS, dtype=torch.int64, device=device)
         self._signals: list[Tensor] = []
         """Of torch's kernels, for each rank [blocks, ranks]: its sender sets a word, its receiver clears it."""
@@ -171,14 +171,16 @@ class PeerMemory:
     def _sum(self, x: Tensor, norm: tuple[Tensor, Tensor, float] | None) -> tuple[Tensor, Tensor]:
         from octavo.kernels.cuda.peer_sum import sum_rows
 
-        return sum_rows(x, norm, rank=self._rank, shared=self._shared, told=self._told, calls=self._calls)
+        told, half = self._addresses, self._rows.most * self._rows.width
+        shared = [address + self._told.nbytes for address in told]
+        return sum_rows(x, norm, rank=self._rank, shared=shared, told=told, half=half, calls=self._calls)
 
     def check(self) -> None:
         """Sums once in either way. Raises RuntimeError if it does not add up.
 
         Afterwards neither a graph nor `abort` has to load a kernel, which would wait for those that run.
         """
-        self._answer([torch.zeros_like(told) for told in self._told], [torch.zeros_like(pad) for pad in self._signals])
+        self._answer(torch.zeros_like(self._told), [torch.zeros_like(pad) for pad in self._signals])
         wanted, until = self._size * (self._size + 1) // 2, time.monotonic() + CHECK_SECONDS
         for rows in (1, self._rows.most):
             x = torch.full((rows, self._rows.width), self._rank + 1, dtype=self._rows.dtype, device=self._device)
@@ -201,10 +203,10 @@ class PeerMemory:
         while not main.query() and time.monotonic() < until:
             self._answer(self._told, self._signals)
 
-    def _answer(self, told: list[Tensor], signals: list[Tensor]) -> None:
+    def _answer(self, told: Tensor, signals: list[Tensor]) -> None:
         """Writes, beside what runs, what the other ranks would."""
         with torch.cuda.stream(self._side):
-            told[self._rank].fill_(torch.iinfo(torch.int64).max)
+            told.fill_(torch.iinfo(torch.int64).max)
             for rank in set(range(self._size)) - {self._rank} if signals else ():
                 signals[self._rank][:, rank].fill_(1)
                 signals[rank][:, self._rank].zero_()

@@ -13,8 +13,8 @@ Rules of running ahead that live here:
 - Prompt blocks are published when they are scheduled (all KV writes of a layer precede its attention, so even the same
   step may share them), generated ones some at a time when another block is asked for, and the rest when their sequence
   leaves; `fail` forgets them all.
-- With several stages as many plans are in flight, of different rows each: a sequence with a token in flight waits, and
-  a plan takes its share of the running ones.
+- With P stages a plan takes its share of the running sequences, and P plans take turns: P of them, of different rows,
+  fill the pipeline, and ahead of it only the next plan of the oldest one's rows is launched.
 - A preempted sequence with a token in flight is not readmitted before the token has arrived; one whose drafts are being
   verified is not scheduled before the result.
 
@@ -163,6 +163,7 @@ class Scheduler:
         else:
             for seq in step.attended:
                 seq.gain()
+                seq.planned = step.number
             step.take(Crew.of(step.attended))
         self.cache.computed += len(step.decode)
         return longer
@@ -192,8 +193,10 @@ class Scheduler:
                 self._place(step, seq, count)
 
     def _waits(self, seq: Sequence) -> bool:
-        """Its drafts are being verified, or the token in flight is needed: by the proposer, or by the first stage."""
-        return bool(seq.draft) or (seq.inflight > 0 and (self.config.stages > 1 or self._may_draft(seq)))
+        """Its drafts are being verified, the proposer needs the token in flight, or it is other rows' turn."""
+        if seq.draft or not seq.inflight:
+            return bool(seq.draft)
+        return self._may_draft(seq) or self._steps + 1 < seq.planned + self.config.depth
 
     def _may_draft(self, seq: Sequence) -> bool:
         return self._max_draft > 0 and not seq.params.uses_history and not seq.request.grammar
@@ -227,6 +230,7 @@ class Scheduler:
         if seq.todo == 0:
             seq.last_in_row = True
             seq.known += 1
+            seq.planned = step.number
             step.closing.append((seq, start))
         else:
             step.open.append((seq, start))

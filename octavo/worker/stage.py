@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,22 +18,24 @@ from octavo.core.plan import Int32s, Plan
 from octavo.models import Model
 from octavo.parallel import Pipe
 from octavo.worker.rows import RowState
+from octavo.worker.staging import Uploader
 
 
 @dataclass(frozen=True)
 class Owed:
-    """Tokens that are on their way back, and the rows that they are for."""
+    """Rows whose tokens are on their way back, on the host and on the device."""
 
     rows: Int32s
-    tokens: Tensor
-    arrival: Any
+    at: Tensor
 
 
 class Stage:
     """`model` has the stage's layers; `hidden` is the width of the stream."""
 
-    def __init__(self, model: Model, pipe: Pipe, rows: RowState, hidden: int, dtype: torch.dtype) -> None:
-        self._model, self._pipe, self._rows = model, pipe, rows
+    def __init__(
+        self, model: Model, pipe: Pipe, rows: RowState, upload: Uploader, hidden: int, dtype: torch.dtype
+    ) -> None:
+        self._model, self._pipe, self._rows, self._upload = model, pipe, rows, upload
         self._hidden, self._dtype = hidden, dtype
         self._owed: deque[Owed] = deque()
 
@@ -62,10 +63,11 @@ class Stage:
         self._pipe.send_tokens(tokens.contiguous())
 
     def expect_tokens(self, plan: Plan) -> None:
-        """The first stage begins to receive the plan's tokens; the stages between have no use for them."""
+        """The first stage will take the plan's tokens; the stages between have no use for them."""
         if self._pipe.place.first and plan.num_sampled:
-            tokens = torch.empty(plan.num_sampled, dtype=torch.int64, device=self._rows.last_token.device)
-            self._owed.append(Owed(plan.rows[: plan.num_sampled], tokens, self._pipe.receive_tokens(tokens)))
+            rows = plan.rows[: plan.num_sampled]
+            (at,) = self._upload(rows.astype(np.int64))
+            self._owed.append(Owed(rows, at))
 
     def take_tokens(self, plan: Plan) -> None:
         """Before a plan runs: the tokens that its rows continue from are put into the row state.
@@ -77,6 +79,4 @@ class Stage:
             len(self._owed) > self._pipe.place.stages or any(np.isin(owed.rows, continued).any() for owed in self._owed)
         ):
             owed = self._owed.popleft()
-            owed.arrival.wait()
-            at = torch.from_numpy(owed.rows.astype(np.int64)).to(owed.tokens.device, non_blocking=True)
-            self._rows.last_token[at] = owed.tokens
+            self._rows.last_token[owed.at] = self._pipe.receive_tokens(torch.empty_like(owed.at))

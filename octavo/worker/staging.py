@@ -16,8 +16,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-DEPTH = 4
-"""Uploads that may be on their way at once; the engine runs at most one step ahead."""
+DEPTH = 8
+"""Uploads that may be on their way at once: a step has one or two, and few are launched ahead."""
 _ALIGN = 16
 _DTYPES = {np.dtype(np.int64): torch.int64, np.dtype(np.int32): torch.int32}
 

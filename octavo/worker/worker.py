@@ -140,10 +140,10 @@ class Worker:
         )
         max_blocks = blocks_for(scheduler.max_model_len, cache.block_size)
         self._upload = Uploader(self._device)
-        kept = max(DEPTH, place.stages + 1)  # the steps in flight and the one before them
+        kept = max(DEPTH, scheduler.depth + 2)  # the steps in flight, the one launched and the one before them
         self._clock, self._download = StepClock(self._device, kept), Downloader(self._device, kept)
         self._rows = RowState(scheduler.max_num_seqs, max_blocks, len(cache.groups), self._kernels, self._device)
-        self._stage = None if pipe is None else Stage(model, pipe, self._rows, facts.hidden_size, dtype)
+        self._stage = None if pipe is None else Stage(model, pipe, self._rows, self._upload, facts.hidden_size, dtype)
         self._model: ForwardModel = self._stage or model
         self._sampler = Sampler(
             facts.vocab_size, scheduler.max_num_seqs, facts.eos_token_ids, self._kernels, self._device

@@ -65,7 +65,7 @@ class Driver:
         manager = CacheManager(cache, budget)
         self.scheduler = Scheduler(config, manager, eos=eos, proposer=proposer, max_draft=max_draft)
         self.worker = EchoWorker(groups, block_size, num_blocks, vocab)
-        self.depth = max(overlap, stages - 1)
+        self.depth = config.depth
         """Steps that stay in flight from turn to turn."""
         self.plans: list[Plan] = []
         self._ahead: deque[StepResult] = deque()

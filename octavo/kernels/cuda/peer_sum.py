@@ -32,8 +32,13 @@ PROGRAMS = 256
 def _number_at(address: tl.tensor) -> tl.tensor:
     """The number that lies there; each thread that reads it sees what was written before it was."""
     return tl.inline_asm_elementwise(
-        "ld.acquire.sys.global.b64 $0, [$1];", "=l,l", [address.to(tl.int64)], dtype=tl.int64, is_pure=False, pack=1
+        "ld.acquire.sys.global.b64 $0, [$1];", "=l,l", [address], dtype=tl.int64, is_pure=False, pack=1
     )
+
+
+@kernel()
+def _rows(address: tl.tensor, x: tl.tensor) -> tl.tensor:
+    return tl.multiple_of(address.to(tl.pointer_type(x.dtype.element_ty)), 16)
 
 
 @kernel("num_rows")
@@ -57,7 +62,7 @@ def _sum_rows(
     NORM: tl.constexpr,
     PDL: tl.constexpr,
 ) -> None:
-    """shared, told: of each rank, its rows [2, half] and what others told it [RANKS, PROGRAMS]; calls [PROGRAMS]."""
+    """shared, told: addresses of each rank's rows [2, half] and what others told it [RANKS, PROGRAMS] int64."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     program = tl.program_id(0)
@@ -71,14 +76,15 @@ def _sum_rows(
     begin = call % 2 * half
     for row in range(program, num_rows, tl.num_programs(0)):
         place = row.to(tl.int64) * size + at
-        tl.store(shared[RANK] + begin + place, tl.load(x + place, mask=inside), mask=inside)
+        tl.store(_rows(shared[RANK], x) + begin + place, tl.load(x + place, mask=inside), mask=inside)
     tl.debug_barrier()
     for rank in tl.static_range(RANKS):
         if rank != RANK:
-            tl.atomic_xchg(told[rank] + RANK * PROGRAMS + program, call, sem="release", scope="sys")
+            word = told[rank].to(tl.pointer_type(tl.int64)) + RANK * PROGRAMS + program
+            tl.atomic_xchg(word, call, sem="release", scope="sys")
     for rank in tl.static_range(RANKS):
         if rank != RANK:
-            address = told[RANK] + rank * PROGRAMS + program
+            address = told[RANK] + (rank * PROGRAMS + program) * 8
             seen = _number_at(address)
             while seen < call:
                 seen = _number_at(address)
@@ -87,7 +93,8 @@ def _sum_rows(
         place = row.to(tl.int64) * size + at
         value = tl.zeros((BLOCK,), tl.float32)
         for rank in tl.static_range(RANKS):
-            part = tl.load((x if rank == RANK else shared[rank] + begin) + place, mask=inside, other=0.0)
+            rows = x if rank == RANK else _rows(shared[rank], x) + begin
+            part = tl.load(rows + place, mask=inside, other=0.0)
             value += part.to(tl.float32)
         if NORM:
             value += tl.load(residual + place, mask=inside, other=0.0).to(tl.float32)
@@ -103,14 +110,16 @@ def sum_rows(
     norm: tuple[Tensor, Tensor, float] | None,
     *,
     rank: int,
-    shared: Sequence[Tensor],
-    told: Sequence[Tensor],
+    shared: Sequence[int],
+    told: Sequence[int],
+    half: int,
     calls: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """The sum s of all ranks' x [T, n], twice; with norm = (residual [T, n], weight [n], eps) as `add_rms_norm` of it.
 
-    x and residual are contiguous. Of each rank, in order: `shared` [2, at least T * n] of x's dtype and
-    `told` [ranks, PROGRAMS] int64, mapped here; `calls` [PROGRAMS] int64 is this rank's own. All began as zeros.
+    x and residual are contiguous. Of each rank, in order, the addresses at which are mapped here: `shared` [2, half] of
+    x's dtype, half >= T * n, and `told` [ranks, PROGRAMS] int64. `calls` [PROGRAMS] int64 is this rank's own. All began
+    as zeros.
     """
     rows, size = x.shape
     residual, weight, eps = (x, x, 0.0) if norm is None else norm
@@ -127,7 +136,7 @@ def sum_rows(
         tuple(told),
         calls,
         rows,
-        shared[0].shape[1],
+        half,
         size,
         eps,
         RANK=rank,
