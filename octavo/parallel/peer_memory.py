@@ -121,7 +121,7 @@ class PeerMemory:
         self._group = _c10d().ProcessGroup(store, rank, size)
         self._group._set_group_name(self._name)
         _c10d()._register_process_group(self._name, self._group)
-        handle = self._map(8 * size * PROGRAMS + 2 * rows.nbytes)[1]
+        self._memory, handle = self._map(8 * size * PROGRAMS + 2 * rows.nbytes)
         told = [handle.get_buffer(peer, (size, PROGRAMS), torch.int64) for peer in range(size)]
         self._told = told[rank]
         self._addresses = [words.data_ptr() for words in told]
@@ -137,7 +137,7 @@ class PeerMemory:
         _meetings += 1
 
     def _map(self, nbytes: int) -> tuple[Tensor, Any]:
-        """Zeros of this rank, and the handle that leads to the other ranks'."""
+        """Zeros of this rank, and the handle that leads to the other ranks'; both end with the tensor."""
         memory = _c10d()._SymmetricMemory
         buffer: Tensor = memory.empty_strided_p2p((nbytes,), (1,), torch.uint8, self._device).zero_()
         torch.cuda.synchronize(self._device)
