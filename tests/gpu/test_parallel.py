@@ -155,9 +155,9 @@ def check_norm(add_norm: Callable[..., tuple[Tensor, Tensor] | None], rank: int,
         graph, (normed, total) = capture(work)
         graph.replay()
         ulp = torch.finfo(dtype).eps
-        torch.testing.assert_close(total, stream, rtol=ulp, atol=ulp)
+        torch.testing.assert_close(total, stream, rtol=4 * ulp, atol=4 * ulp)
         exact = torch.nn.functional.rms_norm(total.double(), (WIDTH,), gain.double(), 1e-5)
-        torch.testing.assert_close(normed.double(), exact, rtol=ulp, atol=ulp)
+        torch.testing.assert_close(normed.double(), exact, rtol=4 * ulp, atol=4 * ulp)
 
 
 def peers(rank: int, port: int) -> str:
