@@ -63,6 +63,9 @@ class Batch:
     """Per group the row state's block tables [R+1, max_blocks] int32."""
     order: Tensor | None = None
     """[num_decode] int32 the decode rows, longest first: what runs in turns should begin with the longest."""
+    ends: Batch | None = None
+    """The tokens at `logits_at` as rows of one token each. The last layer goes on with these alone, once it has written
+    the KV of all; None: with all tokens."""
 
     def table(self, group: int) -> Tensor:
         """[B, max_blocks] int32, gathered where it is not there."""

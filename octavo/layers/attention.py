@@ -26,13 +26,27 @@ class Attention:
         if facts.qk_norm:
             self.q_norm, self.k_norm = (RMSNorm(facts.head_dim, facts.norm_eps, build) for _ in range(2))
             self._norms = (self.q_norm.weight, self.k_norm.weight, facts.norm_eps)
-        self._backend, self._spec = build.attention, build.specs[layer]
+        self._kernels, self._backend, self._spec = build.kernels, build.attention, build.specs[layer]
         self._layer, self._group = layer, build.group_of(layer)
 
     def __call__(
-        self, norm: AddNorm, partial: Tensor, stream: Tensor | None, batch: Batch, rotation: Rotation
+        self,
+        norm: AddNorm,
+        partial: Tensor,
+        stream: Tensor | None,
+        batch: Batch,
+        rotation: Rotation,
+        ends: Batch | None,
     ) -> tuple[Tensor, Tensor | None]:
-        """(partial sums, stream) or (stream, None): the stream takes up `partial` and is normalised first."""
-        cache, meta = batch.kv[self._layer], batch.meta[self._group]
+        """(partial sums, stream) or (stream, None): the stream takes up `partial` and is normalised first.
+
+        With `ends` all keys and values are written, and the result is that of these tokens alone.
+        """
+        cache, spec = batch.kv[self._layer], self._spec
         qkv, stream = norm.into(self.qkv, partial, stream)
-        return self.out.onto(self._backend.attend(qkv, cache, meta, self._spec, rotation, self._norms), stream)
+        if ends is not None:
+            slots, (cos, sin), at = batch.slots[self._group], rotation, batch.logits_at
+            self._kernels.rope_norm_write_kv(qkv, spec.num_heads, rotation, self._norms, cache.k, cache.v, slots)
+            batch, qkv, stream, rotation = ends, qkv[at], stream[at], (cos[at], sin[at])
+        meta = batch.meta[self._group]
+        return self.out.onto(self._backend.attend(qkv, cache, meta, spec, rotation, self._norms), stream)

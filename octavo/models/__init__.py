@@ -31,7 +31,7 @@ class Model(Protocol):
     """What the worker and the loader see of a model."""
 
     def __call__(self, batch: Batch, stream: Tensor | None = None) -> Tensor:
-        """Hidden states [T, hidden] after the last norm; writes the KV of the batch's tokens.
+        """Hidden states [T, hidden] after the last norm, or of its `ends` alone; writes the KV of all tokens.
 
         A stage takes up the `stream` of the stage before and, unless it is the last, returns its own.
         """

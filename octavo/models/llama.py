@@ -28,9 +28,10 @@ class Block:
         self.mlp = MLP(facts, build)
 
     def __call__(
-        self, x: Tensor, stream: Tensor | None, batch: Batch, rotation: Rotation
+        self, x: Tensor, stream: Tensor | None, batch: Batch, rotation: Rotation, ends: Batch | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        x, stream = self.attn(self.attn_norm, x, stream, batch, rotation)
+        """With `ends`, the result is that of these tokens of the batch alone."""
+        x, stream = self.attn(self.attn_norm, x, stream, batch, rotation, ends)
         return self.mlp(self.mlp_norm, x, stream)
 
 
@@ -77,7 +78,7 @@ class Llama:
         self._weights = self._bind()
 
     def __call__(self, batch: Batch, stream: Tensor | None = None) -> Tensor:
-        """Hidden states [T, hidden] after the last norm; writes the KV of the batch's tokens.
+        """Hidden states [T, hidden] after the last norm, or of its `ends` alone; writes the KV of all tokens.
 
         A stage takes up the `stream` of the stage before and, unless it is the last, returns its own.
         """
@@ -87,8 +88,10 @@ class Llama:
             stream = self.embed(batch.tokens)
         x: Tensor = stream
         residual: Tensor | None = None
-        for block in self.blocks.values():
+        *blocks, last = self.blocks.values()
+        for block in blocks:
             x, residual = block(x, residual, batch, rotation)
+        x, residual = last(x, residual, batch, rotation, None if self.norm is None else batch.ends)
         return self.join(x, residual) if self.norm is None else self.norm.add(x, residual)[0]
 
     def logits(self, hidden: Tensor) -> Tensor:

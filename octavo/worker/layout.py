@@ -41,6 +41,16 @@ class Layout:
     def kv_lens(self) -> Int32s:
         return self.starts + self.counts
 
+    @property
+    def ends(self) -> Int64s | None:
+        """Indices into T that the last layer can go on with alone: `logits_at`; None where that saves little.
+
+        Where nothing is sampled it is the last token, because kernels want one.
+        """
+        if 2 * len(self.logits_at) > len(self.tokens):
+            return None
+        return self.logits_at if len(self.logits_at) else np.array([len(self.tokens) - 1])
+
 
 def lay_out(plan: Plan, computed: NDArray[Any]) -> Layout:
     """`computed` [R+1]: tokens of each row whose KV exists before the step."""

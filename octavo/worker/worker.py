@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -30,7 +30,7 @@ from octavo.quant import scheme_for
 from octavo.sampling import Sampler, Samples, prompt_logprobs
 from octavo.weights import load_weights
 from octavo.worker.decode import DecodeSteps, ForwardModel
-from octavo.worker.layout import Layout, lay_out
+from octavo.worker.layout import Int64s, Layout, lay_out
 from octavo.worker.recorder import recorders_for
 from octavo.worker.rows import RowState, longest_first
 from octavo.worker.stage import Stage
@@ -213,21 +213,23 @@ class Worker:
         layout = lay_out(plan, self._rows.host_computed)
         self._rows.host_computed[plan.rows] += layout.counts
         batch, rows = self._batch(plan, layout)
-        hidden = self._model(batch)
-        sampled = batch.logits_at
-        return Forward(plan, self._model.logits(hidden[sampled]), batch.positions[sampled] + 1, rows, layout, hidden)
+        hidden, count = self._model(batch), len(layout.logits_at)
+        ends = hidden[:count] if batch.ends is not None else hidden[batch.logits_at]
+        positions = batch.positions[batch.logits_at[:count]] + 1
+        return Forward(plan, self._model.logits(ends), positions, rows, layout, hidden)
 
     def _batch(self, plan: Plan, layout: Layout) -> tuple[Batch, Tensor]:
         """The ragged batch and its rows on the device; the rows' num_computed moves past it."""
         state, block_size = self._rows, self.config.cache.block_size
         kv_lens = layout.kv_lens
+        ends = layout.ends if self.samples and not self._prompts and not plan.num_drafted else None
         tokens, from_state, positions, row_of, q_start, logits_at, rows, seq_lens, order = self._upload(
             layout.tokens,
             layout.from_state,
             layout.positions,
             layout.row_of,
             layout.q_start,
-            layout.logits_at,
+            layout.logits_at if ends is None else ends,
             plan.rows.astype(np.int64),
             kv_lens,
             longest_first(kv_lens[: plan.num_decode]),
@@ -254,8 +256,40 @@ class Worker:
             order=order,
         )
         state.num_computed[rows] = seq_lens.long()
-        meta = tuple(self._attention.plan(batch, group) for group in self.config.cache.groups)
-        return batch.with_meta(meta), rows
+        batch = self._planned(batch)
+        return (batch if ends is None else replace(batch, ends=self._ends(batch, layout, ends))), rows
+
+    def _planned(self, batch: Batch) -> Batch:
+        return replace(batch, meta=tuple(self._attention.plan(batch, group) for group in self.config.cache.groups))
+
+    def _ends(self, batch: Batch, layout: Layout, ends: Int64s) -> Batch:
+        """The tokens at `ends`, on the device `batch.logits_at`, as rows of one token each."""
+        at, count, kv_lens = batch.logits_at, len(ends), (layout.positions[ends] + 1).astype(np.int32)
+        index, q_start, seq_lens, order = self._upload(
+            np.arange(count), np.arange(count + 1, dtype=np.int32), kv_lens, longest_first(kv_lens)
+        )
+        assert batch.rows is not None
+        return self._planned(
+            Batch(
+                tokens=batch.tokens[at],
+                positions=batch.positions[at],
+                row_of=index,
+                q_start=q_start,
+                seq_lens=seq_lens,
+                slots=tuple(slots[at] for slots in batch.slots),
+                tables=(),
+                logits_at=index,
+                num_decode=count,
+                max_q=1,
+                max_kv=int(kv_lens.max()),
+                q_lens=np.ones(count, np.int32),
+                kv_lens=kv_lens,
+                kv=batch.kv,
+                rows=batch.rows[batch.row_of[at]],
+                row_tables=batch.row_tables,
+                order=order,
+            )
+        )
 
     @property
     def samples(self) -> bool:
