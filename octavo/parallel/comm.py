@@ -146,11 +146,15 @@ class Pipe:
         return into
 
     def send(self, stream: Tensor) -> None:
-        """To the stage behind."""
-        self._keep(self._stream.send([stream], self.place.stage + 1, 0), stream)
+        """To the stage behind. A GPU's stream waits until it is taken, so that a graph can capture it."""
+        work = self._stream.send([stream], self.place.stage + 1, 0)
+        if stream.is_cuda:
+            work.wait()
+        else:
+            self._keep(work, stream)
 
     def send_tokens(self, tokens: Tensor) -> None:
-        """From the last stage to the first."""
+        """From the last stage to the first, beside what runs: the first takes them late, and sends before it does."""
         self._keep(self._tokens.send([tokens], 0, 1), tokens)
 
     def receive_tokens(self, into: Tensor) -> Tensor:
@@ -171,13 +175,7 @@ class Pipe:
             self.receive_tokens(nothing)
 
     def _keep(self, work: Any, tensor: Tensor) -> None:
-        """Holds the tensor while it is on its way; what so many plans ago was sent has arrived.
-
-        On a GPU the stream holds it instead: the host does not wait, and a graph can capture it.
-        """
-        if tensor.is_cuda:
-            work.wait()
-            return
+        """Holds the tensor while it is on its way; what so many plans ago was sent has arrived."""
         self._sent.append((work, tensor))
         if len(self._sent) > self.place.stages + 2:
             self._sent.popleft()[0].wait()
