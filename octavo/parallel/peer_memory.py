@@ -182,8 +182,9 @@ class PeerMemory:
         """
         self._answer(torch.zeros_like(self._told), [torch.zeros_like(pad) for pad in self._signals])
         wanted, until = self._size * (self._size + 1) // 2, time.monotonic() + CHECK_SECONDS
-        for rows in (1, self._rows.most):
-            x = torch.full((rows, self._rows.width), self._rank + 1, dtype=self._rows.dtype, device=self._device)
+        most, width, dtype = self._rows.most, self._rows.width, self._rows.dtype
+        for rows in (1, min(most, LARGEST // (width * dtype.itemsize))):
+            x = torch.full((rows, width), self._rank + 1, dtype=dtype, device=self._device)
             got = self.all_reduce(x)
             while not torch.cuda.current_stream(self._device).query():
                 if time.monotonic() > until:
