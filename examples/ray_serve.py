@@ -9,6 +9,7 @@ Each replica is an engine with Octavo's own HTTP application in front, so every 
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
 from contextlib import suppress
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING
 from ray import serve
 from ray.serve.config import AutoscalingConfig, HTTPOptions
 
+from octavo.cli.serve import KEY_VARIABLE
 from octavo.config import EngineArgs
 from octavo.config.flags import add_engine_flags, parse_given
 from octavo.formats.locate import DEFAULT_MODEL
@@ -59,7 +61,13 @@ def parser_of_flags() -> argparse.ArgumentParser:
     server = parser.add_argument_group("server")
     server.add_argument("--host", default="127.0.0.1", metavar="TEXT", help="Address to listen on (127.0.0.1)")
     server.add_argument("--port", type=int, default=8000, metavar="N", help="Port to listen on (8000)")
-    server.add_argument("--api-key", nargs="+", default=[], metavar="TEXT", help="Keys of which a client must send one")
+    server.add_argument(
+        "--api-key",
+        nargs="+",
+        default=[],
+        metavar="TEXT",
+        help=f"Keys of which a client must send one; also from {KEY_VARIABLE}",
+    )
     server.add_argument("--served-model-name", nargs="+", default=[], metavar="TEXT", help="Names of the model")
     group = parser.add_argument_group("replicas")
     group.add_argument("--min-replicas", type=int, default=1, metavar="N", help="Fewest replicas (1)")
@@ -93,7 +101,7 @@ def main() -> None:
         print(line, file=sys.stderr)
     settings = ServerSettings(
         served_model_names=tuple(flags.served_model_name) or (engine.model or DEFAULT_MODEL,),
-        api_keys=tuple(flags.api_key),
+        api_keys=tuple(flags.api_key or filter(None, [os.environ.get(KEY_VARIABLE)])),
     )
     deployment = serve.deployment(Octavo).options(
         autoscaling_config=AutoscalingConfig(

@@ -128,7 +128,7 @@ def measure(
 ) -> Result:
     """Runs `workload` once, all requests at once or one after another, with an empty prefix cache.
 
-    `limits` are the device's, measured on the spot; known ones are reported beside them.
+    `limits` are those of one rank's device, measured on the spot; known ones are reported beside them.
     """
     before = llm.stats
     seconds = _generate(llm, workload, seed, temperature, sequential=sequential)
@@ -158,14 +158,17 @@ def _roofline(config: EngineConfig, workloads: Sequence[Workload], seconds: floa
     """Percent of the roofline's speed with known and with measured limits, for workloads one after another.
 
     Beside it how much of the measured bandwidth, and of the measured rate of products, the least work amounts to.
+    All count the limits of all ranks, as many times one's, which `measured` and the known ones are.
     """
+    ranks = config.parallel.ranks
+    known, measured = known_limits(config.device.name, config.dtype), measured.of_ranks(ranks)
     works = [work_of(config.model, config.dtype, workload, _weight_bytes(config)) for workload in workloads]
 
     def percent(limits: Limits | None) -> float | None:
         return None if limits is None else round(100 * sum(work.seconds(limits) for work in works) / seconds, 2)
 
     return {
-        "roofline_percent": percent(known_limits(config.device.name, config.dtype)),
+        "roofline_percent": percent(None if known is None else known.of_ranks(ranks)),
         "roofline_percent_measured": percent(measured),
         "bandwidth_percent": round(100 * sum(work.read for work in works) / measured.bandwidth / seconds, 2),
         "measured_gb_per_s": round(measured.bandwidth / 1e9, 2),
@@ -230,4 +233,10 @@ def _open(args: EngineArgs) -> LLM:
 
 def _engine_facts(llm: LLM) -> Result:
     config = llm.config
-    return {"model": config.model.path, "device": config.device.name, "dtype": config.dtype}
+    return {
+        "model": config.model.path,
+        "device": config.device.name,
+        "dtype": config.dtype,
+        "tensor_parallel_size": config.parallel.tensor,
+        "pipeline_parallel_size": config.parallel.pipeline,
+    }

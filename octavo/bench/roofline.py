@@ -3,8 +3,9 @@
     time = prefill operations / F + sum over decode steps of max(weight bytes / B, product operations / F)
            + KV bytes read / B
 
-with F operations and B bytes a second, every sequence resident at once and nothing overlapped. The products are the
-layers' and, where a token is sampled, the head's; attention costs 4 operations per query, key and dimension of q.
+with F operations and B bytes a second of all ranks together, every sequence resident at once and nothing overlapped.
+The products are the layers' and, where a token is sampled, the head's; attention costs 4 operations per query, key and
+dimension of q.
 """
 
 from __future__ import annotations
@@ -35,6 +36,10 @@ class Limits:
 
     flops: float
     bandwidth: float
+
+    def of_ranks(self, count: int) -> Limits:
+        """N ranks have N times the operations and bandwidth of one; those of one CPU in truth share its memory's."""
+        return Limits(count * self.flops, count * self.bandwidth)
 
 
 KNOWN = {"H200": Limits(790e12, 4.6e12)}

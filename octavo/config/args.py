@@ -71,7 +71,7 @@ class EngineArgs(Args, frozen=True, kw_only=True):
         Meta(
             description="How weights are held: none (floats), native (a GGUF file's own 4 to 8 bits, on a CPU: less "
             "memory and faster), or int8 (rounded when loaded, on a CPU); auto is native for a GGUF file on a CPU "
-            "unless --dtype is given, otherwise none"
+            "unless --dtype is given or there are several ranks, otherwise none"
         ),
     ] = "auto"
     seed: Annotated[

@@ -222,6 +222,11 @@ def _load_format(args: EngineArgs, model: ModelFacts) -> tuple[Literal["safetens
 def _quantization(
     args: EngineArgs, device: DeviceFacts, load_format: str
 ) -> tuple[Literal["auto", "none", "native", "int8"], str]:
+    if args.quantization in ("native", "int8") and device.kind != "cpu":
+        raise ConfigError(
+            f"--quantization is {args.quantization!r}, which needs a CPU, but the device is {device.name}: choose none"
+            " or auto, or give --device cpu"
+        )
     if args.quantization != "auto":
         return args.quantization, "as given"
     alone = args.tensor_parallel_size * args.pipeline_parallel_size == 1

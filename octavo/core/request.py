@@ -43,7 +43,7 @@ class TokenLogprobs(msgspec.Struct, array_like=True, frozen=True):
     rank: int
 
 
-class Delta(msgspec.Struct, array_like=True):
+class Delta(msgspec.Struct, array_like=True, gc=False):
     """New tokens of one sequence, and its end when `finish_reason` is set (then it is the last delta).
 
     The first delta of a sequence carries `cached_tokens` (prompt tokens served by the prefix cache), `scheduled_at`

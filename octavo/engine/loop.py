@@ -5,6 +5,7 @@ Owns the wire between frontend and engine process (one msgpack frame a message).
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 import msgspec
@@ -26,6 +27,8 @@ from octavo.engine.engine import Engine
 
 IDLE_SECONDS = 1.0
 """After so long without a request there is time to prepare for grammars, which takes a core for half a second."""
+STATS_SECONDS = 0.5
+"""How old the frontend's statistics may get while there is work, though no step has anything to tell."""
 
 
 class Wire:
@@ -81,6 +84,7 @@ def run(engine: Engine, wire: Wire) -> None:
     Grammars' vocabulary is prepared as soon as nobody waits for tokens.
     """
     busy = prepared = False
+    told = -STATS_SECONDS
     while True:
         if not (busy or prepared) and wire.quiet(IDLE_SECONDS):
             engine.prepare_vocabulary()
@@ -93,8 +97,10 @@ def run(engine: Engine, wire: Wire) -> None:
                     _handle(engine, message, wire.send)
         deltas = engine.step() if engine.has_work() else []
         was_busy, busy = busy, engine.has_work()
-        if deltas or (was_busy and not busy):
+        now = time.monotonic()
+        if deltas or (was_busy and not busy) or (busy and now - told >= STATS_SECONDS):
             wire.send(Outputs(deltas, engine.stats))
+            told = now
 
 
 def _handle(engine: Engine, message: ToEngine, send: Callable[[FromEngine], None]) -> None:

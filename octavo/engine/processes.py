@@ -75,7 +75,7 @@ class Processes(Peers):
             last = line.decode(errors="replace").strip()
             self._hear(rank, last)
         code = process.wait()
-        self._fall(_cause(rank, process.pid, code, "" if last in ("up", "ready") else last))
+        self.fall(_cause(rank, process.pid, code, "" if last in ("up", "ready") else last))
 
     def _write(self, frame: bytes, check: Callable[[], None]) -> None:
         self._ring.write(frame, check)

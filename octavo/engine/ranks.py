@@ -39,7 +39,7 @@ class Peers(ABC):
     def __init__(self, count: int, on_death: OnDeath) -> None:
         self.count = count
         self._on_death, self._lock = on_death, threading.Lock()
-        self._words: queue.Queue[tuple[int, str] | OctavoError] = queue.Queue()
+        self._words: queue.Queue[tuple[int, str]] = queue.Queue()
         self._died = threading.Event()
         self._error: OctavoError | None = None
         self._closing = False
@@ -64,35 +64,36 @@ class Peers(ABC):
         """A peer says how far it is: "up" or "ready"."""
         self._words.put((rank, word))
 
-    def _fall(self, error: OctavoError) -> None:
-        """A peer has died of `error`, and takes all others along."""
+    def fall(self, error: OctavoError) -> None:
+        """A rank has died of `error`, and takes all others along. Only the first death counts."""
         with self._lock:
             if self._closing or self._error is not None:
                 return
             self._error = error
         self._kill()
         self._died.set()
-        self._words.put(error)
+        self._words.put((0, ""))  # wakes who waits for words
         self._on_death(error)
 
     def wait_for(self, word: str) -> None:
         """Until every peer has said `word`. Raises what killed one of them."""
         waiting = set(range(1, self.count + 1))
         while waiting:
-            said = self._words.get()
-            if isinstance(said, OctavoError):
-                raise said
-            if said[1] == word:
-                waiting.discard(said[0])
+            rank, said = self._words.get()
+            self.check()
+            if said == word:
+                waiting.discard(rank)
 
     def check(self, seconds: float = 0.0) -> None:
-        """Raises what killed a peer, if one has died or dies within `seconds`."""
+        """Raises what killed a rank, if one has died or dies within `seconds`: a new error, for a raised one holds on
+        to the frames that it came through, and they to sockets.
+        """
         if self._died.wait(seconds) if seconds else self._error is not None:
             assert self._error is not None
-            raise self._error
+            raise type(self._error)(*self._error.args)
 
     def tell(self, frame: Frame) -> None:
-        """To all peers. Raises what killed one of them."""
+        """To all peers. Raises what killed a rank."""
         self.check()
         self._write(encode_frame(frame), self.check)
 
@@ -138,13 +139,14 @@ class RanksExecutor:
         self._worker: Any = None
 
     def load(self, progress: Progress | None = None) -> None:
+        from octavo.parallel import ALONE
         from octavo.worker import Worker
         from octavo.worker.rank import join
 
         self._peers = self._start(self._config, self._on_death)
         try:
             self._peers.wait_for("up")
-            self._links = join(self._peers.start, self._peers.store)
+            self._links = join(self._peers.start, self._peers.store) if self._peers.count else ALONE
             self._worker = Worker(self._peers.start.config, self._links)
             self._worker.load(progress)
             self._peers.wait_for("ready")
@@ -165,8 +167,9 @@ class RanksExecutor:
             yield
         except Exception as error:
             self._peers.check(self._peers.cause_seconds)
-            self._peers.close()
-            raise EngineDead(f"rank 0 failed: {error!r}") from error
+            reason = f"rank 0 failed: {error!r}"
+            self._peers.fall(EngineDead(reason))
+            raise EngineDead(reason) from error
         self._peers.check()
 
     def warm_up(self) -> None:

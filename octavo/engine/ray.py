@@ -157,13 +157,13 @@ class Actors(Peers):
             try:
                 code, last = ray.get(call)
             except Exception as error:
-                self._fall(EngineDead(f"{who} died: {' '.join(str(error).split())}"))
+                self.fall(EngineDead(f"{who} died: {' '.join(str(error).split())}"))
                 return
             if code:
-                self._fall(ConfigError(last) if code == 2 else EngineDead(f"{who} failed: {last}"))
+                self.fall(ConfigError(last) if code == 2 else EngineDead(f"{who} failed: {last}"))
                 return
             self._hear(rank, word)
-        self._fall(EngineDead(f"{who} has left"))
+        self.fall(EngineDead(f"{who} has left"))
 
     def wait_for(self, word: str) -> None:
         super().wait_for(word)

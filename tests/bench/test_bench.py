@@ -208,12 +208,36 @@ def test_throughput(engine: CountingEngine, tmp_path: Path, capsys: pytest.Captu
     assert together["bandwidth_percent"] == pytest.approx(100 * work.read / 1e9 / together["seconds"], rel=0.01)
     assert together["matmul_percent"] == pytest.approx(100 * work.operations / 1e9 / together["seconds"], rel=0.01)
     assert (together["measured_gb_per_s"], together["measured_tflops"]) == (1.0, 0.001)
+    assert (together["tensor_parallel_size"], together["pipeline_parallel_size"]) == (1, 1)
     assert {"model", "device", "dtype", "preemptions", "total_tokens_per_s", "versions", "machine"} <= together.keys()
     heading = next(line for line in out.splitlines() if not line.startswith("{"))
     assert heading.split()[:2] == ["workload", "requests"]
     assert (engine.resets, engine.most_at_once) == (3, 6)
     assert {request.params.temperature for request in engine.requests} == {0.6}
     assert all(request.params.ignore_eos for request in engine.requests)
+
+
+def test_several_ranks_have_the_limits_of_all(engine: CountingEngine) -> None:
+    alone = tiny_config(4096)
+    device = msgspec.structs.replace(alone.device, name="NVIDIA H200")
+    parallel = msgspec.structs.replace(alone.parallel, tensor=2, pipeline=3)
+    config = msgspec.structs.replace(alone, device=device, parallel=parallel, dtype="bfloat16")
+    workload, limits = workloads.uniform("w", 2, 20, 5), roofline.Limits(1e9, 2e9)
+    six = offline.measure(LLM.over(engine, config, None), workload, 0, 0.0, limits)
+    assert (six["tensor_parallel_size"], six["pipeline_parallel_size"]) == (2, 3)
+    assert (six["measured_gb_per_s"], six["measured_tflops"]) == (12.0, 0.006)
+
+    shares = {
+        ranks: offline._roofline(
+            msgspec.structs.replace(config, parallel=msgspec.structs.replace(alone.parallel, tensor=ranks)),
+            [workload],
+            1e-7,
+            limits,
+        )
+        for ranks in (1, 4)
+    }
+    for name in ("roofline_percent", "roofline_percent_measured", "bandwidth_percent", "matmul_percent"):
+        assert shares[1][name] == pytest.approx(4 * shares[4][name], rel=0.01)
 
 
 def test_named_workloads_of_one_run(engine: CountingEngine, capsys: pytest.CaptureFixture[str]) -> None:

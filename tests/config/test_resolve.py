@@ -402,6 +402,17 @@ def test_a_gguf_file_keeps_its_formats_on_a_cpu_unless_floats_are_asked_for() ->
     assert config(gguf, GPU).quantization == config(SMALL, CPU).quantization == "none"
 
 
+@pytest.mark.parametrize("quantization", ["native", "int8"])
+def test_quantized_weights_are_refused_on_a_gpu_before_any_is_read(quantization: str) -> None:
+    gguf = msgspec.structs.replace(SMALL, files="gguf")
+    assert config(gguf, CPU, quantization=quantization).quantization == quantization
+    assert config(gguf, GPU, quantization="none").quantization == "none"
+    assert refusal(gguf, GPU, quantization=quantization) == (
+        f"--quantization is '{quantization}', which needs a CPU, but the device is a GPU: choose none or auto, or give "
+        "--device cpu"
+    )
+
+
 MIXED = msgspec.structs.replace(
     LARGE, files="gguf", formats={"F32": 266_240, "Q6_K": 1_500_000_000, "Q4_K": 6_529_995_008}
 )

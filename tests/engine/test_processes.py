@@ -140,6 +140,7 @@ def test_tokens_equal_those_of_one_process(folder: Path) -> None:
 
 def test_a_killed_rank_is_named(folder: Path) -> None:
     config = tiny_config(folder, tensor_parallel_size=2, **OPTIONS)
+    before = open_files()
     engine = Engine(config)
     engine.load()
     for request in requests(40):
@@ -156,6 +157,7 @@ def test_a_killed_rank_is_named(folder: Path) -> None:
         engine.step()
     engine.close()
     assert not ranks_of(os.getpid())
+    assert open_files() <= before, "a ring or a port is left while somebody holds the engine"
 
 
 def test_a_rank_that_cannot_load_is_heard(folder: Path) -> None:
