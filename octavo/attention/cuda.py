@@ -31,7 +31,7 @@ from octavo.kernels.cuda.launch import FLOATS, pdl
 if TYPE_CHECKING:
     from octavo.kernels.cuda.attention_hopper import Hopper
 
-MAX_ARRIVALS = 1 << 16
+MAX_ARRIVALS = attention_decode.SPLIT_BELOW
 
 
 @dataclass(frozen=True)

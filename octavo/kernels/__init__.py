@@ -3,6 +3,7 @@
 `reference` implements every function in plain torch, for every device and dtype. A faster backend is a module that
 starts from the reference's names and overrides some, so a missing override is slow, never wrong. Chosen once at load
 and handed to layers. Owns no state and no memory: functions return new tensors, and write only where they say so.
+Nothing is meant to be differentiated: the kernels record no gradients.
 """
 
 from __future__ import annotations

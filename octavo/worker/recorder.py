@@ -6,6 +6,7 @@ Both record a piece of work over fixed buffers without computing it, and replay 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, Protocol
 
 import torch
@@ -73,7 +74,12 @@ class CudaGraphs:
         stream.wait_stream(current)
         with torch.cuda.stream(stream):
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-            result = work()
+            try:
+                result = work()
+            except BaseException:
+                with suppress(RuntimeError):  # the capture may be invalid; what broke it is the error to raise
+                    graph.capture_end()
+                raise
             graph.capture_end()
         current.wait_stream(stream)
         return graph.replay, result

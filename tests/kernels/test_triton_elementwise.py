@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor
 
 if torch.cuda.is_available():
     pytest.skip("the kernels themselves run in tests/gpu", allow_module_level=True)
@@ -94,6 +98,88 @@ def test_float64_goes_to_the_reference() -> None:
     assert torch.equal(cuda.rms_norm(x, weight, 1e-6), reference.rms_norm(x, weight, 1e-6))
     assert torch.equal(cuda.silu_mul(x), reference.silu_mul(x))
     assert torch.equal(cuda.log_softmax(x), x.log_softmax(-1))
+
+
+def spread(tensor: Tensor) -> Tensor:
+    """The same values with gaps between them."""
+    return torch.stack((tensor, torch.full_like(tensor, 3)), -1)[..., 0]
+
+
+def same(found: Any, expected: Any) -> None:
+    torch.testing.assert_close(found, expected, rtol=2e-3, atol=2e-3)
+
+
+def test_strided_side_operands(draw: Draw) -> None:
+    tokens, table = draw.ints(50, 4), draw(50, 24)
+    assert torch.equal(cuda.embedding(spread(tokens), table), table[tokens])
+    x, residual, weight = draw(3, 64), draw(3, 64), draw(64)
+    same(cuda.rms_norm(x, spread(weight), 1e-5), reference.rms_norm(x, weight, 1e-5))
+    same(cuda.add_rms_norm(x, residual, spread(weight), 1e-5), reference.add_rms_norm(x, residual, weight, 1e-5))
+    same(cuda.top_logprobs(x, spread(tokens[:3]), 2), reference.top_logprobs(x.float(), tokens[:3], 2))
+
+
+def test_strided_positions() -> None:
+    positions, frequencies = torch.tensor([3, 900, 17]), torch.rand(3, 8)
+    for given in (frequencies[0], frequencies, frequencies[:1]):
+        same(cuda.rotation(spread(positions), given, 1.0), reference.rotation(positions, given, 1.0))
+        same(cuda.rotation(positions, given, 1.0), reference.rotation(positions, given, 1.0))
+
+
+@pytest.mark.parametrize("what", ["slots", "one angle", "cut angles", "norms"])
+def test_rope_with_other_side_operands(draw: Draw, what: str) -> None:
+    qkv, slots, angles = draw(4, 8 * 16), draw.places(32, 4), torch.rand(4, 1, 8)
+    turn = (torch.cat((angles.cos(),) * 2, -1), torch.cat((-angles.sin(), angles.sin()), -1))
+    norms = (draw(16), draw(16), 1e-6)
+    if what == "one angle":
+        turn = (turn[0][:1], turn[1][:1])
+    plain, places = (turn, norms), slots
+    if what == "slots":
+        slots = spread(slots)
+    elif what == "one angle":
+        turn = (turn[0].expand(4, 1, 16), turn[1].expand(4, 1, 16))
+    elif what == "cut angles":
+        turn = (spread(turn[0]), spread(turn[1]))
+    else:
+        norms = (spread(norms[0]), norms[1], 1e-6)
+    caches = [draw(2, 16, 2, 16).zero_() for _ in range(6)]
+    expected = reference.rope_norm_write_kv(qkv, 4, *plain, caches[0], caches[1], places)
+    same(cuda.rope_norm_write_kv(qkv, 4, turn, norms, caches[2], caches[3], slots), expected)
+    same(cuda.rope_norm_write_kv(qkv, 4, *plain, caches[4], caches[5], places), expected)
+    same(caches[2:4], caches[:2])
+    same(caches[4:], caches[:2])
+
+
+def test_strided_row_state() -> None:
+    count = torch.tensor([4, 7, 2, 0])
+    rows, last = torch.tensor([2, 0]), torch.tensor([5, 6, 7, 0])
+    tables = torch.arange(4 * 3, dtype=torch.int32).view(1, 4, 3)
+    names = ("tokens", "positions", "next_positions", "seq_lens", "slots")
+
+    def prepared(kernels: Any, change: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        out = [torch.zeros(2, dtype=torch.int32 if name == "seq_lens" else torch.int64) for name in names]
+        out[-1] = out[-1][None]
+        given, kept = [change(t) for t in out], change(count)
+        kernels.prepare_decode(change(rows), change(last), kept, tables, 4, **dict(zip(names, given, strict=True)))
+        kernels.apply_diffs(tables.clone(), rows, tables[0, 0, :2], kept, change(rows), change(last[:2]))
+        return [*given, kept]
+
+    same(prepared(cuda, spread), prepared(reference, torch.clone))
+
+
+def test_shapes_without_a_kernel(draw: Draw) -> None:
+    """What the reference takes is computed, what it refuses raises."""
+    x = draw(2, 3, 64)
+    same(cuda.log_softmax(x), x.log_softmax(-1))
+    same(cuda.log_softmax(x[0, 0]), x[0, 0].log_softmax(-1))
+    with pytest.raises(RuntimeError):
+        cuda.silu_mul(x[0, :, :63])
+    for call in (
+        lambda: cuda.rms_norm(x, draw(32), 1e-5),
+        lambda: cuda.add_rms_norm(x[0], x[0], draw(32), 1e-5),
+        lambda: cuda.embedding(torch.zeros(2, 2, dtype=torch.int64), x[0]),
+    ):
+        with pytest.raises((RuntimeError, IndexError)):
+            call()
 
 
 def test_all_reference_functions_are_there() -> None:

@@ -12,7 +12,7 @@ if torch.cuda.is_available():
     pytest.skip("the kernels themselves run in tests/gpu", allow_module_level=True)
 pytest.importorskip("triton")
 
-from octavo.kernels.cuda.linear import Norm, _arrivals, linear, norm_linear, product
+from octavo.kernels.cuda.linear import Norm, _arrivals, gated_linear, linear, norm_linear, product
 from octavo.kernels.cuda.linear_config import MATVEC_ROWS, SKINNY_ROWS, SMALL, TUNED, Config, config
 
 EPS = 1e-5
@@ -120,6 +120,37 @@ def test_other_operands_go_to_the_plain_product(random: torch.Generator) -> None
     strided = draw(random, 32, 2).t()
     expected = reference.linear(strided, weight, None)
     assert torch.equal(linear(strided, weight.contiguous(), None), expected)
+
+
+def spread(tensor: Tensor) -> Tensor:
+    """The same values with gaps between them."""
+    return torch.stack((tensor, torch.full_like(tensor, 3)), -1)[..., 0]
+
+
+@pytest.mark.parametrize("m", [1, 6])
+def test_strided_side_operands(m: int, random: torch.Generator) -> None:
+    x, residual, weight = draw(random, m, 96), draw(random, m, 96), draw(random, 64, 96)
+    gain, bias = draw(random, 96), draw(random, 64)
+    check(linear(x, weight, spread(bias)), exact(x, weight, bias, None, False)[0], 3e-3)
+    expected, total = exact(x, weight, bias, Norm(residual, gain, EPS), True)
+    for given in ((spread(residual), gain, bias), (residual, spread(gain), bias), (residual, gain, spread(bias))):
+        y, stream = norm_linear(x, given[0], given[1], EPS, weight, given[2], True)
+        check(y, expected, 3e-3)
+        assert torch.equal(stream, total)
+
+
+def test_operands_that_do_not_fit_raise(random: torch.Generator) -> None:
+    x, weight, bias = draw(random, 2, 32), draw(random, 16, 32), draw(random, 16)
+    for wrong in (
+        (x, weight.bfloat16(), None),
+        (x, weight[:, :16].contiguous(), None),
+        (x, weight, bias[:8]),
+        (x, weight, bias.float()),
+    ):
+        with pytest.raises(RuntimeError):
+            linear(*wrong)
+    with pytest.raises(RuntimeError):
+        gated_linear(x, weight[:15], None)
 
 
 def test_launches_fit_their_class() -> None:

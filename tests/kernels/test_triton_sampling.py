@@ -102,6 +102,15 @@ def test_rows_of_tables(filtered: bool) -> None:
     assert int((last == -7).sum()) == 6
 
 
+@pytest.mark.parametrize("name", ["temperature", "top_k", "top_p", "min_p", "seed", "position"])
+def test_strided_parameters(name: str) -> None:
+    logits = torch.randn(6, VOCAB)
+    given = mixed_knobs(6, VOCAB, "cpu")
+    expected = reference.sample(logits, **given)
+    given[name] = torch.stack((given[name], given[name] + 1), 1)[:, 0]
+    assert torch.equal(cuda.sample(logits, **given), expected)
+
+
 def test_no_rows() -> None:
     assert cuda.sample(torch.zeros(0, 9), **knobs(0, "cpu", seed=[], position=[])).shape == (0,)
 

@@ -46,12 +46,15 @@ def microseconds(launches: Sequence[Callable[[], object]], replays: int = 5) -> 
 
 
 class Cache:
-    """`rows` rows of `length` tokens in shuffled pages, `copies` times over, so that copies never share a page."""
+    """`rows` rows in shuffled pages, `copies` times over, so that copies never share a page.
+
+    They have `length` tokens each, or `uneven` an eighth of it to all of it, in random order.
+    """
 
     def __init__(
-        self, rows: int, length: int, kv_heads: int, dim: int, *, capacity: int = 0, heads_first: bool = False
+        self, rows: int, length: int, kv_heads: int, dim: int, *, uneven: bool = False, heads_first: bool = False
     ) -> None:
-        pages = -(-max(length, capacity) // PAGE)
+        pages = -(-length // PAGE)
         size = 2 * rows * length * kv_heads * dim * 2
         self.copies = max(1, min(256, 400_000_000 // size))
         total = self.copies * rows * pages
@@ -60,7 +63,9 @@ class Cache:
         self.k, self.v = memory.transpose(2, 3) if heads_first else memory
         self.table = torch.randperm(total, device="cuda").to(torch.int32).view(self.copies * rows, pages)
         self.rows = torch.arange(self.copies * rows, device="cuda").view(self.copies, rows)
-        self.seq_lens = torch.full((rows,), length, dtype=torch.int32, device="cuda")
+        lens = torch.linspace(length // 8 if uneven else length, length, rows)[torch.randperm(rows)].to(torch.int32)
+        self.seq_lens, self.tokens = lens.cuda(), int(lens.sum())
+        self.order = lens.argsort(descending=True).to(torch.int32).cuda() if uneven else None
 
 
 def decode_candidates(rows: int, kv_heads: int, group: int, dim: int, length: int) -> Iterator[DecodeConfig]:
@@ -79,7 +84,7 @@ def time_decode(cache: Cache, q: Tensor, launch: DecodeConfig, pdl: bool = False
     launches = [
         partial(
             attention_decode.decode, q, cache.k, cache.v, cache.table, cache.rows[i % cache.copies], cache.seq_lens,
-            out, launch, scale=0.1, arrivals=arrivals, pdl=pdl,
+            out, launch, scale=0.1, order=cache.order, arrivals=arrivals, pdl=pdl,
         )
         for i in range(max(cache.copies, 4))
     ]  # fmt: skip
@@ -88,19 +93,24 @@ def time_decode(cache: Cache, q: Tensor, launch: DecodeConfig, pdl: bool = False
 
 def decode_table() -> None:
     print("decode: rows x tokens heads/kv/dim: the chosen launch, the best ones | us TB/s %")
-    for heads, kv_heads, dim, rows, length in [
-        (32, 8, 128, 256, 1536),
-        (32, 8, 128, 32, 1152),
-        (32, 8, 128, 8, 1152),
-        (32, 8, 128, 8, 8192),
-        (32, 8, 128, 32, 16384),
-        (32, 8, 128, 1, 384),
-        (16, 8, 128, 256, 800),
-        (16, 8, 128, 1, 128),
-        (16, 8, 128, 1, 640),
-        (32, 8, 64, 128, 1152),
+    for heads, kv_heads, dim, rows, length, uneven in [
+        (32, 8, 128, 1024, 512, False),
+        (32, 8, 128, 1024, 512, True),
+        (32, 8, 128, 256, 1536, False),
+        (32, 8, 128, 256, 1536, True),
+        (32, 8, 128, 32, 1152, False),
+        (32, 8, 128, 32, 1152, True),
+        (32, 8, 128, 8, 1152, False),
+        (32, 8, 128, 8, 8192, False),
+        (32, 8, 128, 8, 8192, True),
+        (32, 8, 128, 32, 16384, False),
+        (32, 8, 128, 1, 384, False),
+        (16, 8, 128, 256, 800, False),
+        (16, 8, 128, 1, 128, False),
+        (16, 8, 128, 1, 640, False),
+        (32, 8, 64, 128, 1152, False),
     ]:
-        cache = Cache(rows, length, kv_heads, dim)
+        cache = Cache(rows, length, kv_heads, dim, uneven=uneven)
         q = torch.randn(rows, heads, dim, dtype=BF16, device="cuda")
         launches = islice(decode_candidates(rows, kv_heads, heads // kv_heads, dim, length), 12)
         results = [(time_decode(cache, q, launch), _short(launch), launch) for launch in launches]
@@ -109,15 +119,15 @@ def decode_table() -> None:
         lines += [(time_decode(cache, q, r[2], True), r[1] + " +PDL") for r in (results[0], best[0])]
         del cache
         if rows in (256, 32) and dim == 128 and length < 2048:
-            cache = Cache(rows, length, kv_heads, dim, heads_first=True)
+            cache = Cache(rows, length, kv_heads, dim, uneven=uneven, heads_first=True)
             lines.append((time_decode(cache, q, best[0][2]), best[0][1] + " [heads, page]"))
             del cache
         # A graph captured for long rows that replays with short ones.
-        cache = Cache(rows, length, kv_heads, dim)
+        cache = Cache(rows, length, kv_heads, dim, uneven=uneven)
         longer = attention_decode.config(rows, kv_heads, heads // kv_heads, dim, 32768)
         lines.append((time_decode(cache, q, longer), _short(longer) + " for 32k"))
-        print(f"{rows} x {length} {heads}/{kv_heads}/{dim}")
-        size = 2 * rows * length * kv_heads * dim * 2
+        print(f"{rows} x {f'{length // 8} to ' if uneven else ''}{length} {heads}/{kv_heads}/{dim}")
+        size = 2 * cache.tokens * kv_heads * dim * 2
         for us, name in lines:
             print(f"  {name:42} {us:8.2f} {size / us / 1e6:5.2f} {size / us / 4.6e6:4.0%}")
 

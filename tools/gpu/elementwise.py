@@ -176,13 +176,14 @@ def logprob_kernels(rows: int, vocab: int, dtype: torch.dtype) -> dict[str, Laun
 def tune_table() -> None:
     """A chunk's size is part of the draw's meaning; the best at 1 row and at 256 decides."""
     print("tune: vocab 151936 float32, us for rows 1, 256")
+    chosen = sampling.CHUNK, sampling.DRAW_WARPS, sampling.DRAW_REGISTERS
     for chunk, warps, registers in (
         (2048, 4, None), (2048, 4, 64), (2048, 4, 96), (2048, 8, None), (4096, 8, None), (4096, 8, 64), (1024, 4, None)
     ):  # fmt: skip
         sampling.CHUNK, sampling.DRAW_WARPS, sampling.DRAW_REGISTERS = chunk, warps, registers
         cells = [_tuned(rows, 0, 1.0, False) for rows in (1, 256)]
         print(f"  draw chunk {chunk} warps {warps} registers {registers}: {cells[0]:6.1f} {cells[1]:8.1f}")
-    sampling.CHUNK, sampling.DRAW_WARPS, sampling.DRAW_REGISTERS = 2048, 4, None
+    sampling.CHUNK, sampling.DRAW_WARPS, sampling.DRAW_REGISTERS = chosen
     for block, warps in ((4096, 16), (8192, 16), (8192, 32), (4096, 32), (2048, 8)):
         sampling.FILTER_BLOCK, sampling.FILTER_WARPS = block, warps
         cells = [_tuned(rows, k, p, True) for k, p in ((0, 0.9), (50, 1.0)) for rows in (1, 256)]

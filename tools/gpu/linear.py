@@ -180,8 +180,8 @@ TRIGGERS: tuple[Trigger, ...] = (0, 1, 2)
 def trigger(when: Trigger) -> Iterator[None]:
     """Every launch of ours with this trigger."""
 
-    def changed(m: int, n: int, k: int) -> Config | None:
-        chosen = config(m, n, k)
+    def changed(m: int, n: int, k: int, gated: bool = False) -> Config | None:
+        chosen = config(m, n, k, gated)
         return None if chosen is None else replace(chosen, trigger=when)
 
     module = vars(sys.modules[product.__module__])

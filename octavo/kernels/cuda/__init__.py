@@ -5,7 +5,8 @@ Every function can be used on its own on CUDA tensors of bfloat16, float16 or fl
     from octavo.kernels.cuda import add_rms_norm, log_softmax, rms_norm, rope_norm_write_kv, silu_mul
     y = rms_norm(x, weight, 1e-6)
 
-Other dtypes and layouts go to the reference. Nothing waits for the device; all can be captured in a CUDA graph.
+Other dtypes, layouts and shapes go to the reference, which raises for what it does not take. Nothing records
+gradients. Nothing waits for the device; all can be captured in a CUDA graph.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from octavo.kernels import reference
-from octavo.kernels.cuda.launch import INTERPRET, cdiv, kernel, pdl, pow2, supported
+from octavo.kernels.cuda.launch import INTERPRET, cdiv, contiguous, kernel, pdl, pow2, supported
 
 _BLOCK = 1024
 """Elements of a program of 128 threads: 16 bytes a thread in half types."""
@@ -33,9 +33,9 @@ def _silu_mul(
 
 def silu_mul(gate_up: Tensor) -> Tensor:
     """[..., 2m] -> silu(first half) * second half [..., m], in the same dtype."""
-    if not supported(gate_up):
-        return reference.silu_mul(gate_up)
     width = gate_up.shape[-1]
+    if width % 2 or not supported(gate_up):
+        return reference.silu_mul(gate_up)
     rows = gate_up if gate_up.ndim == 2 and gate_up.stride(1) == 1 else gate_up.reshape(-1, width).contiguous()
     y = torch.empty((*gate_up.shape[:-1], width // 2), dtype=gate_up.dtype, device=gate_up.device)
     if y.numel():
@@ -70,7 +70,8 @@ def _embedding(
 
 def embedding(tokens: Tensor, table: Tensor) -> Tensor:
     """tokens [T] integers below V, table [V, hidden] contiguous -> [T, hidden]."""
-    if not (tokens.is_cuda or INTERPRET) or not table.is_contiguous():
+    taken = tokens.ndim == 1 and table.ndim == 2 and contiguous(tokens, table)
+    if not taken or not (tokens.is_cuda or INTERPRET):
         return reference.embedding(tokens, table)
     size = table.shape[1]
     y = torch.empty((tokens.shape[0], size), dtype=table.dtype, device=table.device)

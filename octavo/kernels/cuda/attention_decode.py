@@ -24,10 +24,9 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from octavo.kernels.cuda.launch import cdiv, kernel, pow2
+from octavo.kernels.cuda.launch import LOG2E, cdiv, kernel, pow2
 from octavo.kernels.cuda.rope import load_norms, load_turned
 
-LOG2E = 1.4426950408889634
 SPLIT_BELOW = 256
 """Pairs of a row and a KV head from which on rows are not split."""
 
@@ -48,8 +47,8 @@ def config(rows: int, kv_heads: int, group: int, dim: int, max_kv: int) -> Decod
 
     Short of programs for 132 multiprocessors, spans are split, in small programs that merge their spans themselves;
     spans shorter than a block are useless. With more, splitting costs more than it evens out, programs take larger
-    blocks, and the more of them there are the fewer registers and buffers each gets (measured by tools/gpu/attention.py
-    at 1 to 1,024 rows of 8 KV heads, even and uneven lengths; on spans of fixed length nothing was gained).
+    blocks, and the more of them there are the fewer registers and buffers each gets (tools/gpu/attention.py
+    measures 1 to 1,024 rows of 8 KV heads, of even and uneven lengths).
     """
     pairs = rows * kv_heads
     if pairs < SPLIT_BELOW:

@@ -16,12 +16,10 @@ zeros; the end of a row's last page may hold anything, even NaN, so its values a
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
@@ -33,18 +31,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-LOG2E = 1.4426950408889634
+from octavo.kernels.cuda.hopper import TYPES, barrier, device
+from octavo.kernels.cuda.launch import LOG2E
+
 ROWS = gl.constexpr(64)  # query rows of a group of warps
 BLOCK_N, STAGES = 128, 2
-_TYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 
 
-def _device(*varying: str) -> Callable[[Callable[..., Any]], Any]:
-    """A Gluon function, compiled once for all values of the arguments named in `varying`."""
-    return lambda function: gluon.jit(function, do_not_specialize=list(varying))
-
-
-@_device()
+@device()
 def _item(
     turn: gl.tensor,
     total: gl.tensor,
@@ -69,7 +63,7 @@ def _item(
     return row, at % kv_heads, first, begin, gl.where(real, count, 0), cached
 
 
-@_device()
+@device()
 def _copy(
     cache: gl.tensor,
     smem: gl.tensor,
@@ -134,11 +128,11 @@ def _copy(
                     value = piece.load(PLAIN)
                     piece.store(gl.where(real[:, None], value, gl.zeros_like(value)))
             fence_async_shared()
-            gl.thread_barrier()
+            barrier()
             mbarrier.arrive(filled.index(slot), count=1)
 
 
-@_device()
+@device()
 def _softmax(
     scores: gl.tensor,
     top: gl.tensor,
@@ -152,7 +146,7 @@ def _softmax(
     return weight, new_top, total * kept + gl.sum(weight, 1), kept
 
 
-@_device()
+@device()
 def _walk(
     query: gl.tensor,
     buffers: gl.tensor,
@@ -187,21 +181,21 @@ def _walk(
         mbarrier.wait(v_full.index(values), before // STAGES & 1)
         acc = warpgroup_mma(weight, v_smem.index(values), acc, is_async=True)
         scores = warpgroup_mma_wait(1, deps=[scores])
-        gl.thread_barrier()
+        barrier()
         mbarrier.arrive(k_empty.index(keys), count=1)
         if MASKED:
             n_at = j * BLOCK_N + gl.arange(0, BLOCK_N, gl.SliceLayout(0, SCORES))
             scores = gl.where(n_at[None, :] <= position[:, None], scores, float("-inf"))
         next_weight, top, total, kept = _softmax(scores, top, total, scale)
         acc, _weight = warpgroup_mma_wait(0, deps=[acc, weight])  # until here the product reads the weights' registers
-        gl.thread_barrier()
+        barrier()
         mbarrier.arrive(v_empty.index(values), count=1)
         acc = acc * gl.convert_layout(kept, gl.SliceLayout(1, OUT))[:, None]
         weight = gl.convert_layout(next_weight.to(query.dtype), gl.DotOperandLayout(0, OUT, 2))
     return top, total, acc, weight
 
 
-@_device()
+@device()
 def _rows_at(
     head: gl.tensor,
     first: gl.tensor,
@@ -220,7 +214,7 @@ def _rows_at(
     return at[:, None] + gl.arange(0, DIM, gl.SliceLayout(0, PLAIN))[None, :], real[:, None]
 
 
-@_device()
+@device()
 def _consume(
     q: gl.tensor,
     out: gl.tensor,
@@ -255,7 +249,7 @@ def _consume(
         )
         q_smem.store(query)
         fence_async_shared()
-        gl.thread_barrier()
+        barrier()
         blocks = gl.cdiv(cached + gl.minimum(first + TOKENS, count), BLOCK_N)
         full = (cached + first + 1) // BLOCK_N  # blocks that every query of the item sees whole
         token = first + SKIPPED + gl.arange(0, ROWS, gl.SliceLayout(1, SCORES)) // GROUP
@@ -266,7 +260,7 @@ def _consume(
         mbarrier.wait(k_full.index(slot), done // STAGES & 1)
         scores = warpgroup_mma(q_smem, k_smem.index(slot).permute((1, 0)), zero, use_acc=False, is_async=True)
         scores = warpgroup_mma_wait(0, deps=[scores])
-        gl.thread_barrier()
+        barrier()
         mbarrier.arrive(k_empty.index(slot), count=1)
         n_at = gl.arange(0, BLOCK_N, gl.SliceLayout(0, SCORES))
         scores = gl.where(n_at[None, :] <= position[:, None], scores, float("-inf"))
@@ -290,7 +284,7 @@ def _consume(
         at, real = _rows_at(next_head, next_first + SKIPPED, next_begin, next_count, q_stride, GROUP, DIM, PLAIN)
         query = gl.load(q + at, mask=real, other=0.0)
         acc, _weight = warpgroup_mma_wait(0, deps=[acc, weight])
-        gl.thread_barrier()
+        barrier()
         mbarrier.arrive(v_empty.index(slot), count=1)
         acc = acc / gl.convert_layout(sums, gl.SliceLayout(1, OUT))[:, None]
         at, real = _rows_at(head, first + SKIPPED, begin, count, kv_heads * GROUP * DIM, GROUP, DIM, PLAIN)
@@ -298,7 +292,7 @@ def _consume(
         head, first, begin, count, cached = next_head, next_first, next_begin, next_count, next_cached
 
 
-@_device("total", "kv_heads", "table_stride")
+@device("total", "kv_heads", "table_stride")
 def _hopper(
     q: gl.tensor,
     out: gl.tensor,
@@ -388,7 +382,7 @@ def _hopper(
 
 def fits(dtype: torch.dtype, group: int, dim: int, page: int) -> bool:
     """Whether the kernel takes `group` query heads of `dim` dimensions to a KV head and blocks of `page` tokens."""
-    return dtype in _TYPES and group <= 64 and dim in (64, 128) and page <= BLOCK_N
+    return dtype in TYPES and group <= 64 and dim in (64, 128) and page <= BLOCK_N
 
 
 class Hopper:
@@ -455,7 +449,7 @@ class Hopper:
         if found is None:
             blocks, page, kv_heads, dim = cache.shape
             block = [page, 64]
-            layout = gl.NVMMASharedLayout.get_default_for(block, _TYPES[cache.dtype])
+            layout = gl.NVMMASharedLayout.get_default_for(block, TYPES[cache.dtype])
             found = TensorDescriptor.from_tensor(cache.view(blocks * page, kv_heads * dim), block, layout)
             self._described[cache.data_ptr()] = found
         return found

@@ -20,8 +20,7 @@ import triton.language as tl
 from numpy.typing import NDArray
 from torch import Tensor
 
-from octavo.kernels.cuda.attention_decode import LOG2E
-from octavo.kernels.cuda.launch import kernel, pow2
+from octavo.kernels.cuda.launch import LOG2E, kernel, pow2
 
 Ints = NDArray[np.int32]
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 import triton.language as tl
 from torch import Tensor
 
-from octavo.kernels.cuda.launch import cdiv, kernel, pdl
+from octavo.kernels import reference_batch
+from octavo.kernels.cuda.launch import cdiv, contiguous, kernel, pdl
 
 _BLOCK = 128
 
@@ -74,6 +75,21 @@ def prepare_decode(
     position + 1, and slots [G, B] int64. A padding row is token 0 at position 0, goes to slot 0 (in the padding block)
     and does not grow.
     """
+    plain = contiguous(rows, last_token, num_computed, tokens, positions, next_positions, seq_lens)
+    if not plain or tables.stride(2) != 1 or slots.stride(1) != 1:
+        reference_batch.prepare_decode(
+            rows,
+            last_token,
+            num_computed,
+            tables,
+            block_size,
+            tokens=tokens,
+            positions=positions,
+            next_positions=next_positions,
+            seq_lens=seq_lens,
+            slots=slots,
+        )
+        return
     size, dependent = rows.shape[0], pdl()
     _prepare_decode[(cdiv(size, _BLOCK),)](
         rows,
@@ -128,6 +144,9 @@ def apply_diffs(
     tables: Tensor, places: Tensor, blocks: Tensor, num_computed: Tensor, rows: Tensor, values: Tensor
 ) -> None:
     """As `reference_batch.apply_diffs`, in one launch; N or M may be 0."""
+    if not contiguous(tables, places, blocks, num_computed, rows, values):
+        reference_batch.apply_diffs(tables, places, blocks, num_computed, rows, values)
+        return
     num_blocks, num_values = places.shape[0], rows.shape[0]
     most = max(num_blocks, num_values)
     if not most:

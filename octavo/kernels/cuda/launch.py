@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 """Kernels run as plain Python on the CPU."""
 FLOATS = frozenset({torch.bfloat16, torch.float16, torch.float32})
 """What the kernels read and write; float64 is left to the reference."""
+LOG2E = 1.4426950408889634
 
 _allowed: bool | None = None
 
@@ -54,7 +56,24 @@ def without_pdl() -> Iterator[None]:
 
 def supported(*tensors: Tensor) -> bool:
     """Whether the kernels take these: half types and float32, on a GPU or in the interpreter."""
-    return all(tensor.dtype in FLOATS and (tensor.is_cuda or INTERPRET) for tensor in tensors)
+    for tensor in tensors:  # noqa: SIM110  (all() takes twice the time, and layers ask at each call)
+        if tensor.dtype not in FLOATS or not (tensor.is_cuda or INTERPRET):
+            return False
+    return True
+
+
+def contiguous(*tensors: Tensor) -> bool:
+    """Whether kernels can read these without strides."""
+    for tensor in tensors:  # noqa: SIM110  (as above)
+        if not tensor.is_contiguous():
+            return False
+    return True
+
+
+@cache
+def is_hopper(device: torch.device) -> bool:
+    """Whether the kernels written for compute capability 9.0 run there."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
 
 
 def cdiv(a: int, b: int) -> int:

@@ -16,7 +16,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from octavo.kernels.cuda.activation import silu_mul
-from octavo.kernels.cuda.launch import INTERPRET, cdiv, pdl
+from octavo.kernels.cuda.launch import FLOATS, INTERPRET, cdiv, contiguous, is_hopper, pdl
 from octavo.kernels.cuda.linear_config import MATVEC_ROWS, SKINNY_ROWS, Config, config, hopper_config
 from octavo.kernels.cuda.linear_matvec import matvec
 from octavo.kernels.cuda.linear_skinny import skinny
@@ -36,13 +36,13 @@ class Norm(NamedTuple):
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x [T, in], weight [out, in], bias [out] -> [T, out]."""
-    chosen = _config(x, weight)
+    chosen = _config(x, weight, bias)
     return _many(x, weight, bias) if chosen is None else product(x, weight, bias, chosen)[0]
 
 
 def gated_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x [T, in], weight [out, in] that stacks gate and up -> silu(gate) * up [T, out / 2]."""
-    chosen = _config(x, weight, gated=True)
+    chosen = _config(x, weight, bias, gated=True)
     return _many(x, weight, bias, True) if chosen is None else product(x, weight, bias, chosen, gated=True)[0]
 
 
@@ -69,8 +69,8 @@ def norm_linear(
     y is silu_mul of the product, [T, out / 2]. Up to MATVEC_ROWS rows one kernel does it all; above, the normalised
     stream is written once and the product with its SwiGLU is one kernel, or two where cuBLAS multiplies.
     """
-    chosen = _config(x, weight, gated)
-    if chosen is not None and chosen.rows <= MATVEC_ROWS:
+    chosen = _config(x, weight, bias, gated)
+    if chosen is not None and chosen.rows <= MATVEC_ROWS and _normed(x, residual, norm_weight):
         return product(x, weight, bias, chosen, norm=Norm(residual, norm_weight, eps), gated=gated)
     if residual is None:
         h, stream = rms_norm(x, norm_weight, eps), x
@@ -82,7 +82,7 @@ def norm_linear(
 def _many(x: Tensor, weight: Tensor, bias: Tensor | None, gated: bool = False) -> Tensor:
     """A product of many rows, and SwiGLU of it if gated: Hopper's own kernel where it is the faster one."""
     chosen = hopper_config(x.shape[0], *weight.shape, gated)
-    if chosen is not None and x.is_cuda and _is_hopper(x.device):
+    if chosen is not None and is_hopper(x.device):
         from octavo.kernels.cuda import linear_hopper
 
         if linear_hopper.covers(x, weight, bias, gated):
@@ -167,18 +167,27 @@ def product(
     return y, x
 
 
-def _config(x: Tensor, weight: Tensor, gated: bool = False) -> Config | None:
-    """The launch for these operands; None where the kernels do not read their dtype or order."""
-    if x.dim() != 2 or not x.shape[0] or x.dtype not in (torch.bfloat16, torch.float16):
+def _config(x: Tensor, weight: Tensor, bias: Tensor | None, gated: bool = False) -> Config | None:
+    """The launch for these operands; None where the kernels do not read their dtypes, order or shapes."""
+    dtype = x.dtype
+    if dtype not in (torch.bfloat16, torch.float16) or weight.dtype != dtype or not (x.is_cuda or INTERPRET):
         return None
-    if not (x.is_cuda or INTERPRET) or not (x.is_contiguous() and weight.is_contiguous()):
+    if x.dim() != 2 or weight.dim() != 2 or not contiguous(x, weight):
         return None
-    return config(x.shape[0], *weight.shape, gated)
+    (m, k), (n, columns) = x.shape, weight.shape
+    if not m or k != columns or (gated and n % 2):
+        return None
+    if bias is not None and (bias.shape != (n,) or bias.dtype != dtype or not bias.is_contiguous()):
+        return None
+    return config(m, n, k, gated)
 
 
-@cache
-def _is_hopper(device: torch.device) -> bool:
-    return torch.cuda.get_device_capability(device)[0] == 9
+def _normed(x: Tensor, residual: Tensor | None, weight: Tensor) -> bool:
+    """Whether the kernel reads these operands of a norm of x + residual."""
+    shape = x.shape
+    if residual is not None and (residual.dtype != x.dtype or residual.shape != shape or not contiguous(residual)):
+        return False
+    return weight.numel() == shape[1] and weight.ndim == 1 and weight.dtype in FLOATS and weight.is_contiguous()
 
 
 @cache

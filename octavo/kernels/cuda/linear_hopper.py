@@ -15,13 +15,11 @@ Owns no choice of launches (`linear_config`); knows nothing of norms.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
-from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
@@ -33,21 +31,16 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from octavo.kernels.cuda.hopper import TYPES, barrier, device
 from octavo.kernels.cuda.launch import cdiv, pdl
 from octavo.kernels.cuda.linear_config import HOPPER_PIECE, HopperConfig
 
 PIECE = gl.constexpr(HOPPER_PIECE)
-_TYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 _REGISTERS = {1: 128, 2: 168}
 """Groups -> registers a thread of the whole program, which the groups and the copying warp divide among them."""
 
 
-def _device(*varying: str) -> Callable[[Callable[..., Any]], Any]:
-    """A Gluon function, compiled once for all values of the arguments named in `varying`."""
-    return lambda function: gluon.jit(function, do_not_specialize=list(varying))
-
-
-@_device()
+@device()
 def _place(turn: gl.tensor, plan: gl.tensor) -> Any:
     """The tile of a turn: which of x's rows, which of W's."""
     _turns, _blocks, x_tiles, w_tiles, band = plan
@@ -59,7 +52,7 @@ def _place(turn: gl.tensor, plan: gl.tensor) -> Any:
     return above + within % height, within // height
 
 
-@_device()
+@device()
 def _bring(
     desc: gl.tensor,
     row: gl.tensor,
@@ -85,7 +78,7 @@ def _bring(
             )
 
 
-@_device()
+@device()
 def _copy(
     a_desc: gl.tensor,
     b_desc: gl.tensor,
@@ -138,7 +131,7 @@ def _copy(
             done += 1
 
 
-@_device()
+@device()
 def _columns(acc: gl.tensor, COUNT: gl.constexpr) -> Any:
     """A tuple of COUNT pieces of equally many columns."""
     pieces = (acc,)
@@ -148,7 +141,7 @@ def _columns(acc: gl.tensor, COUNT: gl.constexpr) -> Any:
     return pieces
 
 
-@_device()
+@device()
 def _halves(value: gl.tensor, SWAPPED: gl.constexpr) -> Any:
     """Gate and up of a piece of a tile: of its rows where those are the matrix's, else of its columns."""
     height: gl.constexpr = value.shape[0]
@@ -161,7 +154,7 @@ def _halves(value: gl.tensor, SWAPPED: gl.constexpr) -> Any:
     return gate.reshape(half), up.reshape(half)
 
 
-@_device()
+@device()
 def _offset(value: gl.tensor, bias: gl.tensor, first: gl.tensor, size: gl.tensor, SWAPPED: gl.constexpr) -> Any:
     """value plus the bias of its outputs first, first + 1, ... that are below size."""
     layout: gl.constexpr = value.type.layout
@@ -173,7 +166,7 @@ def _offset(value: gl.tensor, bias: gl.tensor, first: gl.tensor, size: gl.tensor
     return value + (offset[:, None] if SWAPPED else offset[None, :])
 
 
-@_device()
+@device()
 def _write(
     acc: gl.tensor,
     y_desc: gl.tensor,
@@ -207,18 +200,18 @@ def _write(
                 value = _offset(value, bias, at, size, SWAPPED)
         buffer = smem.index(OWN * BUFFERS + i % BUFFERS)
         tma.store_wait(pendings=PENDING)
-        gl.thread_barrier()
+        barrier()
         if SWAPPED:
             buffer.permute((1, 0)).store(value.to(y_desc.dtype))
         else:
             buffer.store(value.to(y_desc.dtype))
         fence_async_shared()
-        gl.thread_barrier()
+        barrier()
         row = x_row + i * y_desc.block_type.shape[0] if SWAPPED else x_row
         tma.async_copy_shared_to_global(y_desc, [row, at], buffer)
 
 
-@_device()
+@device()
 def _consume(
     y_desc: gl.tensor,
     bias: gl.tensor,
@@ -261,11 +254,11 @@ def _consume(
                 use_acc=piece > 0, is_async=True,
             )  # fmt: skip
             acc = warpgroup_mma_wait(1, deps=[acc])
-            gl.thread_barrier()
+            barrier()
             mbarrier.arrive(empty.index((done + STAGES - 1) % STAGES), count=1, pred=piece > 0)
             done += 1
         acc = warpgroup_mma_wait(0, deps=[acc])
-        gl.thread_barrier()
+        barrier()
         mbarrier.arrive(empty.index((done + STAGES - 1) % STAGES), count=1)
         if SWAPPED:
             x_row, output = x_tile * COLUMNS, (w_tile * GROUPS + OWN) * A_OUT
@@ -275,7 +268,7 @@ def _consume(
     tma.store_wait(pendings=0)
 
 
-@_device("size", "blocks", "x_tiles", "w_tiles", "band")
+@device("size", "blocks", "x_tiles", "w_tiles", "band")
 def _product(
     a_desc: gl.tensor,
     b_desc: gl.tensor,
@@ -363,21 +356,20 @@ def _product(
 
 
 def covers(x: Tensor, weight: Tensor, bias: Tensor | None, gated: bool) -> bool:
-    """Whether `hopper_linear` takes these operands: half types in rows of whole 16 bytes, on a Hopper GPU."""
+    """Whether `hopper_linear` takes these operands: half types in rows of whole 16 bytes. Does not ask which GPU."""
     n, k = weight.shape
     return (
         x.dim() == 2
         and x.shape[0] > 0
-        and x.dtype in _TYPES
+        and x.dtype in TYPES
         and weight.dtype == x.dtype
-        and (bias is None or bias.dtype == x.dtype)
+        and x.shape[1] == k
+        and (bias is None or (bias.dtype == x.dtype and bias.shape == (n,) and bias.is_contiguous()))
         and x.is_contiguous()
         and x.data_ptr() % 16 == weight.data_ptr() % 16 == 0
         and weight.is_contiguous()
         and k % 8 == 0
         and n % (16 if gated else 8) == 0
-        and x.is_cuda
-        and torch.cuda.get_device_capability(x.device)[0] == 9
     )
 
 
@@ -430,7 +422,7 @@ def hopper_linear(
 def _describe(rows: Tensor, height: int, width: int = HOPPER_PIECE) -> Any:
     """The descriptor of a matrix for bulk copies of [height, width] elements."""
     block = [height, width]
-    layout = gl.NVMMASharedLayout.get_default_for(block, _TYPES[rows.dtype])
+    layout = gl.NVMMASharedLayout.get_default_for(block, TYPES[rows.dtype])
     return TensorDescriptor(rows, list(rows.shape), list(rows.stride()), block, layout)
 
 

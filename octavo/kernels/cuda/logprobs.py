@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from octavo.kernels import reference
-from octavo.kernels.cuda.launch import cdiv, kernel, pdl, pow2, supported
+from octavo.kernels.cuda.launch import cdiv, contiguous, kernel, pdl, pow2, supported
 
 CHUNK = 4096
 MAX_K = 20
@@ -76,8 +76,8 @@ def _subtract(
 
 
 def log_softmax(x: Tensor) -> Tensor:
-    """x [N, V] -> x - logsumexp(x) over the last dimension [N, V], in x's dtype."""
-    if not supported(x):
+    """x [..., V] -> x - logsumexp(x) over the last dimension, in x's dtype; more or fewer than two go to torch."""
+    if x.ndim != 2 or not supported(x):
         return torch.log_softmax(x, -1)
     lines, vocab = x.shape
     x = x if x.stride(1) == 1 else x.contiguous()
@@ -183,7 +183,8 @@ def top_logprobs(logits: Tensor, chosen: Tensor, k: int) -> tuple[Tensor, Tensor
     logits [N, V] of any float type, chosen [N] int64, k at most V. Lower ids come first among all equals.
     """
     lines, vocab = logits.shape
-    if not supported(logits) or k > min(MAX_K, vocab):
+    picked = chosen.shape == (lines,) and contiguous(chosen)
+    if not picked or k > min(MAX_K, vocab) or not supported(logits):
         wide = logits if logits.dtype == torch.float64 else logits.float()
         return reference.top_logprobs(wide, chosen, k)
     logits = logits if logits.stride(1) == 1 else logits.contiguous()

@@ -54,8 +54,9 @@ def _warps(size: int) -> int:
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x [..., n], weight [n] -> [..., n] in x's dtype: x / sqrt(mean(x^2) + eps) * weight."""
-    size = weight.shape[0]
-    if not supported(x, weight):
+    size = weight.numel()
+    fitting = x.shape[-1] == size and weight.ndim == 1 and weight.is_contiguous()
+    if not fitting or not supported(x, weight):
         return reference.rms_norm(x, weight, eps)
     rows = x if x.ndim == 2 and x.stride(1) == 1 else x.reshape(-1, size).contiguous()
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -82,8 +83,10 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """x, residual [T, n], weight [n] -> (rms_norm(s), s) with s = x + residual, all in x's dtype."""
-    size = weight.shape[0]
-    if not supported(x, residual, weight) or x.ndim != 2 or x.dtype != residual.dtype:
+    shape, size = x.shape, weight.numel()
+    same = shape == residual.shape and x.dtype == residual.dtype
+    fitting = len(shape) == 2 and shape[1] == size and weight.ndim == 1 and weight.is_contiguous()
+    if not same or not fitting or not supported(x, residual, weight):
         return reference.add_rms_norm(x, residual, weight, eps)
     x = x if x.stride(1) == 1 else x.contiguous()
     residual = residual if residual.stride(1) == 1 else residual.contiguous()

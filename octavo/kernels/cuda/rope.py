@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from octavo.kernels import reference
-from octavo.kernels.cuda.launch import cdiv, kernel, pdl, pow2, supported
+from octavo.kernels.cuda.launch import cdiv, contiguous, kernel, pdl, pow2, supported
 
 
 @kernel()
@@ -50,7 +50,9 @@ def _rotation(
 
 def rotation(positions: Tensor, inv_freq: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """positions [T], inv_freq [pairs] or [T, pairs] float32 -> cos, sin [T, 1, 2 * pairs]: see `Kernels.rotation`."""
-    if not supported(inv_freq) or inv_freq.dtype != torch.float32 or inv_freq.stride(-1) != 1:
+    read = positions.ndim == 1 and contiguous(positions) and inv_freq.stride(-1) == 1
+    fitting = inv_freq.ndim == 1 or inv_freq.shape[0] == positions.shape[0]
+    if not read or not fitting or inv_freq.dtype != torch.float32 or not supported(inv_freq):
         return reference.rotation(positions, inv_freq, scale)
     pairs = inv_freq.shape[-1]
     shape = (positions.shape[0], 1, 2 * pairs)
@@ -185,9 +187,12 @@ def _rope_norm_write_kv(
 
 
 def readable(qkv: Tensor, cos: Tensor, k_cache: Tensor, v_cache: Tensor) -> bool:
-    """Whether the kernels can work on these: see `rope_norm_write_kv`."""
-    strides = k_cache.stride() == v_cache.stride() and k_cache.stride(3) == 1 and qkv.stride(1) == 1
-    return strides and supported(qkv, cos, k_cache)
+    """Whether the kernels can work on these, the sines being like the cosines: see `rope_norm_write_kv`."""
+    strides = k_cache.stride()
+    if strides != v_cache.stride() or strides[3] != 1 or qkv.stride()[1] != 1:
+        return False
+    turned = cos.numel() == qkv.shape[0] * cos.shape[-1] and cos.is_contiguous()
+    return turned and supported(qkv, cos, k_cache)
 
 
 def rope_norm_write_kv(
@@ -205,13 +210,17 @@ def rope_norm_write_kv(
     """
     cos, sin = rotation
     block_size, kv_heads, dim = k_cache.shape[1:]
-    if not readable(qkv, cos, k_cache, v_cache):
+    fitting = qkv.shape == (slots.numel(), (num_heads + 2 * kv_heads) * dim) and sin.numel() == cos.numel()
+    q_weight, k_weight, eps = norms if norms is not None else (cos, cos, 0.0)
+    fitting = fitting and contiguous(sin, slots, q_weight, k_weight)
+    if norms is not None:
+        fitting = fitting and q_weight.numel() == k_weight.numel() == dim
+    if not fitting or not readable(qkv, cos, k_cache, v_cache):
         return reference.rope_norm_write_kv(qkv, num_heads, rotation, norms, k_cache, v_cache, slots)
     tokens, width = qkv.shape[0], cos.shape[-1]
     q = torch.empty((tokens, num_heads, dim), dtype=qkv.dtype, device=qkv.device)
     if not tokens:
         return q
-    q_weight, k_weight, eps = norms if norms is not None else (cos, cos, 0.0)
     block_d = pow2(dim)
     # few tokens: many small programs, whose latency is the shortest; many: enough bytes in flight a program
     heads = max(1, (512 if tokens <= 64 else 1024) // block_d)

@@ -16,7 +16,7 @@ from torch import Tensor
 from octavo.kernels import reference
 from octavo.kernels.cuda.filters import CAPACITY, PIECE, collect, masses, narrow, pick, value_of
 from octavo.kernels.cuda.gumbel import best_of, finite, gumbel, noise_bound, random_bits, row_keys, usable
-from octavo.kernels.cuda.launch import INTERPRET, cdiv, kernel, pdl, pow2, supported
+from octavo.kernels.cuda.launch import INTERPRET, cdiv, contiguous, kernel, pdl, pow2, supported
 
 CHUNK = 2048
 """Tokens of a program of `_draw`; part of what a draw means in its last bit, hence not tuned to the batch."""
@@ -223,11 +223,12 @@ def sample_rows(
     """
     lines, vocab = logits.shape
     device = logits.device
-    if not supported(logits):
+    tables = (temperature, top_k, top_p, min_p, seed)
+    given = [tensor for tensor in (rows, position, tokens, last_token) if tensor is not None]
+    if not supported(logits) or not contiguous(*tables, *given):
         at = torch.arange(lines, device=device) if rows is None else rows
-        found = reference.sample_rows(
-            logits, at, temperature, top_k, top_p, min_p, seed, position + offset, last_token=last_token
-        )
+        wide = logits if logits.dtype == torch.float64 else logits.float()
+        found = reference.sample_rows(wide, at, *tables, position + offset, last_token=last_token)
         return found if tokens is None else tokens.copy_(found)
     if logits.stride(1) != 1:
         logits = logits.contiguous()
@@ -241,8 +242,7 @@ def sample_rows(
     maxima = torch.empty((lines, chunks * pieces if filtered else 0), dtype=torch.float32, device=device)
     values = torch.empty((lines, held), dtype=torch.float32, device=device)
     ids = torch.empty((lines, held), dtype=torch.int32, device=device)
-    dependent = pdl()
-    where = position if rows is None else rows
+    dependent, where = pdl(), position if rows is None else rows
     _draw[(lines, chunks)](
         logits,
         where,
