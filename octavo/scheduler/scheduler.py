@@ -196,7 +196,7 @@ class Scheduler:
         """Its drafts are being verified, the proposer needs the token in flight, or it is other rows' turn."""
         if seq.draft or not seq.inflight:
             return bool(seq.draft)
-        return self._may_draft(seq) or self._steps + 1 < seq.planned + self.config.depth
+        return self._may_draft(seq) or self._steps + 1 < seq.planned + self.config.stages
 
     def _may_draft(self, seq: Sequence) -> bool:
         return self._max_draft > 0 and not seq.params.uses_history and not seq.request.grammar
