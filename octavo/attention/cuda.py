@@ -26,7 +26,7 @@ from octavo.config.kv import KVGroup
 from octavo.kernels import Kernels
 from octavo.kernels.cuda import attention_decode, attention_prefill, rope
 from octavo.kernels.cuda.attention_decode import NewTokens
-from octavo.kernels.cuda.launch import FLOATS, pdl
+from octavo.kernels.cuda.launch import FLOATS, is_hopper, pdl
 
 if TYPE_CHECKING:
     from octavo.kernels.cuda.attention_hopper import Hopper
@@ -177,7 +177,7 @@ class CudaAttention:
 
 def _load_hopper(spec: AttnSpec, device: torch.device, dtype: torch.dtype) -> Hopper | None:
     """The kernel for compute capability 9.0, where device and shapes fit it."""
-    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
+    if not is_hopper(device):
         return None
     from octavo.kernels.cuda import attention_hopper
 

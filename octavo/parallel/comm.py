@@ -16,13 +16,14 @@ from datetime import timedelta
 from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
+import torch.distributed
 from torch import Tensor
-from torch.distributed.distributed_c10d import AllgatherOptions  # type: ignore[attr-defined]
 
 from octavo.config.parallel import Place
-from octavo.parallel.peer_memory import DTYPES, PeerMemory, Rows, share
+from octavo.parallel.peer_memory import PeerMemory, Rows, share
 
+dist: Any = torch.distributed
+"""Its types leave out most of what is used here."""
 HOST = "127.0.0.1"
 FOREVER = timedelta(days=1)
 """Ranks wait for each other as long as it takes: one that dies is noticed by its connection, or by its process."""
@@ -105,7 +106,7 @@ class CudaComm:
     def __init__(self, group: Any, peers: PeerMemory | None = None) -> None:
         self._group, self._peers = group, peers
         self.rank, self.size = group.rank(), group.size()
-        self._sum, self._join = dist.AllreduceOptions(), AllgatherOptions()
+        self._sum, self._join = dist.AllreduceOptions(), dist.distributed_c10d.AllgatherOptions()
         # On the current stream: nothing is returned to wait for.
         self._sum.asyncOp = self._join.asyncOp = False
 
@@ -207,13 +208,11 @@ def open_store(host: str = HOST) -> Any:
     """Where ranks find each other: rank 0 opens it on a free `port` of its address `host`, and on no other address."""
     listener = socket.create_server((host, 0))
     port = listener.getsockname()[1]
-    return dist.TCPStore(  # type: ignore[attr-defined]
-        host, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()
-    )
+    return dist.TCPStore(host, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())
 
 
 def join_store(host: str, port: int) -> Any:
-    return dist.TCPStore(host, port, is_master=False)  # type: ignore[attr-defined]
+    return dist.TCPStore(host, port, is_master=False)
 
 
 def connect(
@@ -233,7 +232,7 @@ def connect(
     groups: list[Any] = []
 
     def group(name: str, rank: int, size: int) -> Any:
-        groups.append(_group(dist.PrefixStore(name, store), rank, size, device, host))  # type: ignore[attr-defined]
+        groups.append(_group(dist.PrefixStore(name, store), rank, size, device, host))
         return groups[-1]
 
     comm: Comm = Single()
@@ -241,12 +240,8 @@ def connect(
         name = f"stage {place.stage}"
         shards = group(name, place.shard, place.shards)
         if device.type == "cuda":
-            memory = dist.PrefixStore(f"{name} memory", store)  # type: ignore[attr-defined]
-            peers = (
-                share(memory, place.shard, place.shards, device, sums)
-                if sums is not None and sums.dtype in DTYPES
-                else None
-            )
+            memory = dist.PrefixStore(f"{name} memory", store)
+            peers = None if sums is None else share(memory, place.shard, place.shards, device, sums)
             if peers is not None:
                 groups.insert(0, peers)
             comm = CudaComm(shards, peers)
@@ -272,7 +267,7 @@ def _group(store: Any, rank: int, size: int, device: torch.device, host: str) ->
         nccl = dist.ProcessGroupNCCL.Options()
         nccl._timeout = FOREVER
         return dist.ProcessGroupNCCL(store, rank, size, nccl)
-    gloo = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
+    gloo = dist.ProcessGroupGloo._Options()
     gloo._devices = [dist.ProcessGroupGloo.create_device(hostname=host)]
     gloo._timeout = FOREVER
     return dist.ProcessGroupGloo(store, rank, size, gloo)

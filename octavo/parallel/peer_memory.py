@@ -220,6 +220,8 @@ def share(store: Any, rank: int, size: int, device: torch.device, rows: Rows) ->
     All ranks call it together, over a store that all of them see. It waits for the others as long as the store does.
     """
     global _meetings
+    if rows.dtype not in DTYPES:
+        return None
     said = _exchange(store, "offer", rank, size, msgspec.msgpack.encode(_offer(device)))
     offers = [msgspec.msgpack.decode(offer, type=Offer) for offer in said]
     reason = obstacle(offers)

@@ -260,7 +260,7 @@ class Worker:
         return (batch if ends is None else replace(batch, ends=self._ends(batch, layout, ends))), rows
 
     def _planned(self, batch: Batch) -> Batch:
-        return replace(batch, meta=tuple(self._attention.plan(batch, group) for group in self.config.cache.groups))
+        return batch.with_meta(tuple(self._attention.plan(batch, group) for group in self.config.cache.groups))
 
     def _ends(self, batch: Batch, layout: Layout, ends: Int64s) -> Batch:
         """The tokens at `ends`, on the device `batch.logits_at`, as rows of one token each."""

@@ -16,12 +16,11 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from octavo.config.parallel import place_of
 from octavo.parallel import Rows, connect, join_store, open_store, peer_memory
-from octavo.parallel.comm import HOST
+from octavo.parallel.comm import HOST, dist
 from octavo.parallel.peer_memory import OVERLAP, PeerMemory, share
 
 GPUS = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -168,7 +167,7 @@ def peers(rank: int, port: int) -> str:
         peer_memory._catch_up(1, device)
     memory: PeerMemory | None = None
     for dtype in DTYPES:
-        memory = share(dist.PrefixStore(str(dtype), store), rank, 2, device, Rows(MOST, WIDTH, dtype))  # type: ignore[attr-defined]
+        memory = share(dist.PrefixStore(str(dtype), store), rank, 2, device, Rows(MOST, WIDTH, dtype))
         assert memory is not None
         check_sums(memory.all_reduce, rank, dtype, replays=SHARED_REPLAYS)
         check_norm(memory.add_norm, rank, dtype)
@@ -203,7 +202,7 @@ def links(rank: int, port: int, most: int) -> str:
     torch.cuda.set_device(device)
     for dtype in DTYPES:
         sums = Rows(most, WIDTH, dtype) if most else None
-        made = connect(place_of(rank, 2, 1), dist.PrefixStore(str(dtype), store), device, sums=sums)  # type: ignore[attr-defined]
+        made = connect(place_of(rank, 2, 1), dist.PrefixStore(str(dtype), store), device, sums=sums)
         assert len(made.groups) == (2 if most else 1), "whether memory is shared"
         check_sums(made.comm.all_reduce, rank, dtype, (*COUNTS, 2 * MOST))
         if most:
